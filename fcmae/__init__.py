@@ -1,0 +1,7 @@
+"""Masked autoencoders for ConvNets (FCMAE) and ViTs: pretraining, conversion, comparison."""
+
+from fcmae.models import create_model
+from fcmae.models.fcmae import FCMAE
+
+__all__ = ["FCMAE", "create_model"]
+__version__ = "0.1.0"

@@ -1,0 +1,19 @@
+"""The one exception for mistakes a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """Bad input. Its message is one line: what is wrong, where, and what to do.
+
+    Commands print the message and exit with status 2; from Python it is an ordinary `ValueError`.
+    """
+
+
+def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
+    """A hint such as `" (did you mean 'a', 'b'?)"` naming the known words nearest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=n, cutoff=0.5)
+    return f" (did you mean {', '.join(repr(c) for c in close)}?)" if close else ""
