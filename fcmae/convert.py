@@ -33,7 +33,7 @@ def load_tensors(path: str | Path) -> dict:
 
 
 def check_archive(path: str | Path) -> None:
-    """Every byte of a torch checkpoint against the CRC-32 that its zip archive holds. Raises UsageError if one differs."""
+    """Hold every byte of a torch checkpoint against its zip archive's CRC-32; UsageError if one differs."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()

@@ -71,14 +71,10 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], keep: int) -> np
 
 def grid_mask(rng: np.random.Generator, grid: tuple[int, int], keep: int) -> np.ndarray:
     """Visible regions spread evenly (the grid-wise sampling of MAE figure 6): one of every 2 x 2 at a ratio of 0.75,
-    a checkerboard at 0.5, and between them the order of an 8 x 8 Bayer matrix, its phase and flips random."""
-    bayer = np.zeros((1, 1), dtype=np.int64)
-    for _ in range(3):
-        bayer = np.block([[4 * bayer, 4 * bayer + 2], [4 * bayer + 3, 4 * bayer + 1]])
+    a checkerboard at 0.5; between them as many of the next cell of each 2 x 2 as are still needed, at random."""
+    cells = np.array([[0, 2], [3, 1]])[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
     gh, gw = grid
-    bayer = bayer[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
-    rows, cols = np.arange(gh) + rng.integers(8), np.arange(gw) + rng.integers(8)
-    rank = bayer[np.ix_(rows % 8, cols % 8)].ravel()
+    rank = cells[np.ix_(np.arange(gh) % 2, np.arange(gw) % 2)].ravel()
     mask = np.ones(gh * gw, dtype=bool)
     mask[np.lexsort((rng.random(gh * gw), rank))[:keep]] = False
     return mask.reshape(grid)
@@ -94,7 +90,9 @@ STRATEGIES: dict[str, Callable[[np.random.Generator, tuple[int, int], int], np.n
 def draw_mask(rng: np.random.Generator, grid: tuple[int, int], mask_ratio: float, strategy: str) -> np.ndarray:
     """One image's mask, (gh, gw) bool, True = masked. Raises UsageError for an unknown strategy or a bad ratio."""
     if strategy not in STRATEGIES:
-        raise UsageError(f"unknown mask strategy {strategy!r}; known: {', '.join(STRATEGIES)}{nearest(strategy, STRATEGIES)}")
+        raise UsageError(
+            f"unknown mask strategy {strategy!r}; known: {', '.join(STRATEGIES)}{nearest(strategy, STRATEGIES)}"
+        )
     return STRATEGIES[strategy](rng, grid, keep_count(grid[0] * grid[1], mask_ratio))
 
 

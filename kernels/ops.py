@@ -15,9 +15,7 @@ from fcmae.kernels.tiles import Tiles
 
 
 @torch.library.custom_op("fcmae::tile_conv", mutates_args=())
-def tile_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, keep: Tensor, slot: Tensor
-) -> Tensor:
+def tile_conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, keep: Tensor, slot: Tensor) -> Tensor:
     """Submanifold depthwise convolution; see `reference.tile_conv`. `mask, keep, slot` are the fields of `Tiles`."""
     return reference.tile_conv(x, weight, bias, Tiles(mask, keep, slot))
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch of every op in `ops.py`: what the ops mean, their fallback everywhere, and what kernels are tested against.
+"""Plain PyTorch of every op in `ops.py`: their meaning, their fallback everywhere, and what kernels are tested against.
 
 A submanifold depthwise convolution over tiles is the dense convolution of the map whose masked regions are zero, read
 where something is visible (FCMAE, arXiv 2301.00808 §3.1). fp16 and bf16 accumulate in fp32.

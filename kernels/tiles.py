@@ -48,7 +48,7 @@ def pack(x: Tensor, tiles: Tiles) -> Tensor:
 
 def unpack(x: Tensor, tiles: Tiles) -> Tensor:
     """The map (B, gh*t, gw*s, C) of packed tiles (B, K, t, s, C), zero where masked."""
-    (b, k, t, s, c), (gh, gw) = x.shape, tiles.grid
+    (b, _, t, s, c), (gh, gw) = x.shape, tiles.grid
     regions = x.new_zeros(b, gh * gw, t, s, c)
     index = tiles.keep[:, :, None, None, None].expand_as(x)
     regions = regions.scatter(1, index, x)  # distinct indices: deterministic

@@ -88,7 +88,7 @@ class FCMAE(nn.Module):
         return self.pred(x).flatten(1, 2)
 
     def tiles(self, images: Tensor, mask: Tensor | Tiles | None = None) -> Tiles:
-        """The tables of a mask over these images; draws one when there is none. Raises UsageError if it does not fit."""
+        """The tables of a mask over these images, drawn if there is none. Raises UsageError if it does not fit."""
         if isinstance(mask, Tiles):
             return mask
         b, (gh, gw) = images.shape[0], self._grid(images)

@@ -42,9 +42,9 @@ class DepthwiseConv(nn.Conv2d):
 class GRN(nn.Module):
     """Global response normalization (arXiv 2301.00808 §4, algorithm 1), statistics in fp32.
 
-    G(x) = ||x_c||_2 over the visible positions, N(x) = G / (mean_c G + eps) as in the authors' dense code (the text says
-    sum), y = x + gamma * x * N + beta. `per_image` pools over each image's own positions; `batch` over the positions of
-    the whole (local) batch, as the authors' sparse code does.
+    G(x) = ||x_c||_2 over the visible positions, N(x) = G / (mean_c G + eps) as in the authors' dense code (the text
+    says sum), y = x + gamma * x * N + beta. `per_image` pools over each image's own positions; `batch` over the
+    positions of the whole (local) batch, as the authors' sparse code does.
     """
 
     def __init__(self, dim: int, mode: str = "per_image", eps: float = 1e-6):

@@ -1,0 +1,29 @@
+"""What every command shares: `CONFIG key=value ...`, --help, and one line with exit status 2 for bad input."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from fcmae import config as settings
+from fcmae.errors import UsageError
+
+
+def run_command(command: str, schema: type, run: Callable[..., int], argv: list[str] | None = None) -> int:
+    """Load the configuration named on the command line, call `run(config)` and return the exit status.
+
+    command: the module's name, e.g. `fcmae.pretrain`. schema: its configuration dataclass.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if any(a in ("-h", "--help") for a in arguments):
+        print(settings.help_text(command, schema))
+        return 0
+    try:
+        if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+            raise UsageError(f"name a config file first: python -m {command} CONFIG.yaml [key=value ...], or --help")
+        return run(settings.load(schema, arguments[0], arguments[1:]))
+    except UsageError as error:
+        rank = os.environ.get("RANK")
+        print(f"{command}: error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,273 @@
+"""Typed configuration: dataclasses, a YAML file, `key=value` overrides. The only file that knows OmegaConf."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fcmae.errors import UsageError, nearest
+
+C = TypeVar("C")
+
+
+def _key(default: Any, text: str, type: str | None = None) -> Any:
+    """A setting: its default, its one line in --help, and how its type reads there where the annotation is too wide."""
+    meta = {"help": text, "type": type}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type_copy(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+def type_copy(value: Any) -> Any:
+    """A fresh copy of a mutable default."""
+    return value.copy()
+
+
+@dataclass
+class ModelConfig:
+    name: str = _key("fcmae_convnextv2_atto", "model, e.g. fcmae_convnextv2_base")
+    image_size: Any = _key(224, "pixels: one number or [height, width], multiples of 32", "int | [int, int]")
+    in_chans: int = _key(3, "image channels")
+    depths: list[int] | None = _key(None, "blocks per stage; null: the named size's")
+    dims: list[int] | None = _key(None, "widths per stage; null: the named size's")
+    decoder_dim: int = _key(512, "width of the decoder")
+    decoder_depth: int = _key(1, "blocks of the decoder")
+
+
+@dataclass
+class SparseConfig:
+    backend: str = _key("auto", "how the encoder runs on visible regions: auto, reference or dense")
+    grn: str = _key("per_image", "GRN pools over each image (per_image) or the local batch (batch)")
+
+
+@dataclass
+class MaskConfig:
+    ratio: float = _key(0.6, "share of regions hidden; K = int(L * (1 - ratio)) stay")
+    strategy: str = _key("random", "random, block or grid")
+
+
+@dataclass
+class LossConfig:
+    norm_pix: bool = _key(True, "normalize the target's pixels within each window")
+    norm_window: int | None = _key(None, "window side in pixels; null: the model's patch")
+
+
+@dataclass
+class DataConfig:
+    source: str | None = _key(
+        None, "folder, .txt/.csv list, tar shards (file, glob, {000..015}), datasets folder, or: sample"
+    )
+    workers: int = _key(-1, "loader processes per rank; -1: one per core of this rank, 8 at most")
+    prefetch: int = _key(4, "batches each worker prepares ahead")
+    pin_memory: bool = _key(True, "page-locked batches when training on CUDA")
+    crop_scale: list[float] = _key([0.2, 1.0], "area range of the random resized crop")
+    flip: float = _key(0.5, "probability of a horizontal flip")
+    mean: list[float] | None = _key(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
+    std: list[float] | None = _key(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
+    max_bad_share: float = _key(0.01, "stop when more than this share of the images read was unreadable")
+
+
+@dataclass
+class TrainConfig:
+    epochs: float = _key(800, "passes over the data")
+    steps: int | None = _key(None, "optimizer steps; overrides epochs")
+    batch_size: int = _key(64, "images per process and forward pass")
+    accum_steps: int = _key(1, "forward passes per optimizer step")
+    effective_batch: int | None = _key(None, "images per optimizer step over all processes; sets accum_steps")
+    base_lr: float = _key(1.5e-4, "lr = base_lr * effective batch / 256")
+    lr: float | None = _key(None, "peak learning rate itself; overrides base_lr")
+    min_lr: float = _key(0.0, "learning rate at the end of the cosine")
+    warmup_epochs: float = _key(40, "linear warm-up")
+    weight_decay: float = _key(0.05, "AdamW; none on biases, norms and GRN")
+    betas: list[float] = _key([0.9, 0.95], "AdamW")
+    clip_grad: float | None = _key(None, "largest gradient norm; null: no clipping")
+    precision: str = _key("fp32", "fp32, bf16 or fp16 (autocast; fp16 with a loss scaler)")
+    compile: bool = _key(False, "torch.compile the model")
+    max_nonfinite: int = _key(20, "stop after so many steps in a row with a NaN or infinite gradient")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = _key(1000, "optimizer steps between checkpoints; one more is written at the end")
+    keep_last: int = _key(2, "newest checkpoints kept")
+    keep_every: int | None = _key(None, "every m-th checkpoint kept besides; null: none")
+
+
+@dataclass
+class LogConfig:
+    every: int = _key(1, "optimizer steps between lines of metrics.jsonl and TensorBoard points")
+    print_every: int = _key(20, "steps between printed lines when the output is not a terminal")
+    tensorboard: bool = _key(True, "write TensorBoard events")
+    images: int = _key(6, "images on a reconstruction picture; 0: no pictures")
+    images_every: float = _key(1, "epochs between reconstruction pictures")
+
+
+@dataclass
+class Config:
+    """Everything `python -m fcmae.pretrain` can be told."""
+
+    out: str | None = _key(None, "run folder; a run that stopped there goes on from its newest whole checkpoint")
+    resume: str | None = _key(None, "a checkpoint to start from instead of the newest in `out`")
+    seed: int = _key(0, "of the initial weights, crops, flips, masks and order")
+    device: str = _key("auto", "auto, cpu, cuda, cuda:N or mps")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# Settings that say where and how fast a run goes on, not what it computes: a resumed run may change them.
+FREE_KEYS = (
+    "out", "resume", "device", "data.workers", "data.prefetch", "data.pin_memory", "data.max_bad_share",
+    "train.batch_size", "train.accum_steps", "train.compile", "train.max_nonfinite", "sparse.backend",
+    "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every",
+    "log.print_every", "log.tensorboard", "log.images", "log.images_every",
+)  # fmt: skip
+
+
+def load(schema: type[C], path: str | Path, overrides: list[str]) -> C:
+    """`schema()` with the YAML file at `path` and then `key=value` overrides merged in, types checked.
+
+    Raises UsageError naming the file or override at fault, and the nearest key for an unknown one.
+    """
+    merged = OmegaConf.structured(schema)
+    for where, layer in [(str(path), _read_yaml(path)), *((o, _read_override(o)) for o in overrides)]:
+        for key in _flatten(layer):
+            _check_known(schema, key, where)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            key, wanted = error.full_key, ""
+            if key in (described := describe(schema)):
+                wanted = f"{key} takes {described[key][0]}: "
+            raise UsageError(f"{where}: {wanted}{str(error).splitlines()[0]}") from None
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def to_dict(config: Any) -> dict:
+    """The configuration as nested plain dicts, lists and scalars."""
+    return dataclasses.asdict(config)
+
+
+def write_yaml(config: Any, path: Path) -> None:
+    """Write the configuration as YAML; the file appears whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def differences(old: dict, new: dict, free: tuple[str, ...] = ()) -> list[str]:
+    """Settings that differ, each as `key: old -> new`, those in `free` left out."""
+    a, b = _flatten(old), _flatten(new)
+    keys = [k for k in dict.fromkeys([*a, *b]) if k not in free and a.get(k) != b.get(k)]
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in keys]
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file as plain values. Raises UsageError if it cannot be read."""
+    return OmegaConf.to_container(_read_yaml(path))
+
+
+def describe(schema: type) -> dict[str, tuple[str, Any, str]]:
+    """Every key of a schema: its type as text, default, and one line of help."""
+    found: dict[str, tuple[str, Any, str]] = {}
+    hints = typing.get_type_hints(schema)
+    for f in dataclasses.fields(schema):
+        hint = hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{f.name}.{key}": row for key, row in describe(hint).items()}
+        else:
+            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            found[f.name] = (f.metadata.get("type") or _type_text(hint), default, f.metadata["help"])
+    return found
+
+
+def help_text(command: str, schema: type) -> str:
+    """The text of --help: how to call the command and every key."""
+    rows = describe(schema)
+    wide = max(map(len, rows))
+    lines = [f"  {key:<{wide}}  {kind} = {_yaml_text(default)}\n  {'':<{wide}}    {text}"
+             for key, (kind, default, text) in rows.items()]  # fmt: skip
+    return f"usage: python -m {command} CONFIG.yaml [key=value ...]\n\n{schema.__doc__}\n\n" + "\n".join(lines)
+
+
+def _type_text(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(_type_text(a) for a in typing.get_args(hint))
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) is list:
+        return f"[{_type_text(typing.get_args(hint)[0])}, ...]"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _yaml_text(value: Any) -> str:
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, list)
+        else str(value)
+    )
+
+
+def _read_yaml(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise UsageError(f"no such config file: {path}")
+    try:
+        layer = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(layer):
+        raise UsageError(f"{path} must hold `key: value` settings")
+    return layer
+
+
+def _read_override(text: str) -> Any:
+    key, separator, _ = text.partition("=")
+    if not separator or not key:
+        raise UsageError(f"{text!r} is not of the form key=value")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{text!r}: {' '.join(str(error).split())}") from None
+
+
+def _flatten(layer: Any, prefix: str = "") -> dict[str, Any]:
+    plain = OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check_known(schema: type, key: str, where: str) -> None:
+    known = describe(schema)
+    groups = {k.rpartition(".")[0] for k in known} - {""}
+    if key in groups:
+        members = ", ".join(k for k in known if k.startswith(f"{key}."))
+        raise UsageError(f"{where}: {key} is a group of settings; set one of {members}")
+    if key not in known:
+        leaf = key.rpartition(".")[2]
+        same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
+        hint = nearest(key, known) if not same_leaf else f" (did you mean {same_leaf[0]!r}?)"
+        raise UsageError(f"{where}: unknown setting {key!r}{hint}; --help lists every one")

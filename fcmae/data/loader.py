@@ -1,0 +1,128 @@
+"""The endless stream of samples that training reads, and the worker processes that fill it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from fcmae.data.dataset import MaskedImages
+from fcmae.errors import UsageError
+
+
+class SampleStream(Sampler[list[tuple[int, int]]]):
+    """Seeded permutations of the dataset, one per epoch, joined end to end: batches of (epoch, index) keys.
+
+    Optimizer step s consumes positions [s*E, (s+1)*E) of the stream, E = batch_size * accum_steps *
+    world_size. Its micro-batch a on rank r is the slice of `batch_size` positions from s*E + (a*world_size +
+    r)*batch_size. So a position is a function of the step alone, ranks and accumulation split the same
+    samples, no remainder is dropped and each image is seen exactly once per epoch. Iterating yields the
+    batches of steps start_step ... end_step - 1.
+
+    Raises UsageError when one step would need more images than there are.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        batch_size: int,
+        *,
+        end_step: int,
+        start_step: int = 0,
+        accum_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.length, self.seed, self.batch_size = length, seed, batch_size
+        self.start_step, self.end_step, self.accum_steps = start_step, end_step, accum_steps
+        self.rank, self.world_size = rank, world_size
+        self.effective_batch = batch_size * accum_steps * world_size
+        if self.effective_batch > length:
+            raise UsageError(
+                f"the effective batch of {self.effective_batch} ({batch_size} per process x {accum_steps} "
+                f"accumulated x {world_size} processes) is larger than the dataset of {length} images; "
+                "lower the batch size"
+            )
+
+    def __len__(self) -> int:
+        return max(0, self.end_step - self.start_step) * self.accum_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        drawn, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.start_step, self.end_step):
+            for micro in range(self.accum_steps):
+                slot = micro * self.world_size + self.rank
+                first = step * self.effective_batch + slot * self.batch_size
+                keys = []
+                for position in range(first, first + self.batch_size):
+                    epoch, place = divmod(position, self.length)
+                    if epoch != drawn:
+                        rng = np.random.default_rng([self.seed, epoch])
+                        drawn, order = epoch, rng.permutation(self.length)
+                    keys.append((epoch, int(order[place])))
+                yield keys
+
+
+def make_loader(
+    dataset: MaskedImages,
+    stream: SampleStream,
+    workers: int = 0,
+    prefetch_factor: int = 2,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches {"image": float32 (B, C, H, W), "mask": bool (B, gh, gw), "index": (B,), "bad": list[str]}.
+
+    The batches do not depend on `workers`; 0 loads in the calling process. Each worker keeps
+    `prefetch_factor` batches ready. Iterate once, for the whole run: a second iterator starts the stream
+    again.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=stream,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if workers else None,
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        # Without its own generator the loader would draw from the global one, which a resumed run restores.
+        generator=torch.Generator(),
+    )
+
+
+def collate(items: list[dict]) -> dict[str, Tensor | list[str]]:
+    """Stack the items of `MaskedImages` into one batch; "bad" becomes one flat list."""
+    batch = {name: default_collate([item[name] for item in items]) for name in ("image", "mask", "index")}
+    batch["bad"] = [line for item in items for line in item["bad"]]
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """Leave it to the parent when to stop: Ctrl-C, SLURM and submitit signal every process of a job, but the
+    parent still needs the batches to finish its step and save, and its handlers must not run in a worker."""
+    torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # Linux; elsewhere SIGTERM keeps its default
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # Under the forkserver start method, the process that starts a worker is not the one that owns it.
+        owners = {os.getppid(), multiprocessing.parent_process().pid}
+        threading.Thread(target=_obey_owners, args=(os.getppid(), owners), daemon=True).start()
+
+
+def _obey_owners(parent: int, owners: set[int]) -> None:
+    """Exit when the parent is gone or an owner sends SIGTERM, as DataLoader does to a worker that hangs."""
+    while os.getppid() == parent:
+        sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if sent and sent.si_pid in owners:
+            break
+    os._exit(0)

@@ -1,0 +1,197 @@
+"""Pretrain a masked autoencoder: `python -m fcmae.pretrain CONFIG.yaml [key=value ...]`.
+
+The main path, top to bottom: configuration -> data -> model -> run folder -> training loop -> encoder.safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fcmae import pictures
+from fcmae.cli import run_command
+from fcmae.config import Config
+from fcmae.data import MaskedImages, SampleStream, make_loader, open_source
+from fcmae.data.transforms import make_transform, stats
+from fcmae.errors import UsageError
+from fcmae.masking import draw_mask, grid_size
+from fcmae.models import create_model
+from fcmae.train import checkpoint, checks, distributed, loop, optim
+from fcmae.train.head import describe_run, next_commands
+from fcmae.train.log import Log
+from fcmae.train.run_folder import RunFolder
+from fcmae.train.schedule import make_schedule
+from fcmae.train.state import TrainState
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0 done, 2 bad input, 128 + n ended by signal n after saving."""
+    return run_command("fcmae.pretrain", Config, pretrain, argv)
+
+
+def pretrain(config: Config) -> int:
+    """Pretrain as configured; see `main` for the result. Raises UsageError for bad input."""
+    checks.check(config)
+    world = distributed.start(config.device)
+    try:
+        return _pretrain(config, world)
+    finally:
+        distributed.stop(world)
+
+
+def _pretrain(config: Config, world: distributed.World) -> int:
+    torch.manual_seed(config.seed)
+    if world.device.type == "cuda":
+        # A resumed run must repeat the uninterrupted one bit for bit.
+        torch.backends.cudnn.deterministic = True
+    model = build_model(config)
+    dataset = build_dataset(config, model.mask_unit)
+    schedule = make_schedule(config.train, len(dataset), world.size)
+    config.train.accum_steps, config.train.effective_batch = schedule.accum_steps, schedule.effective_batch
+
+    model.to(world.device)
+    state = TrainState(
+        model,
+        optim.make_optimizer(model, config.train, world.device),
+        optim.make_scaler(world.device, config.train.precision),
+    )
+
+    # A run that stopped in this folder goes on; nothing is written before everything has been checked.
+    folder = RunFolder(Path(config.out))
+    world.on_main(lambda: folder.check(config))
+    payload, complaints = folder.find_checkpoint(config.resume)
+    if payload is not None:
+        state.restore(payload, str(folder.path), config, len(dataset))
+        del payload
+    world.on_main(lambda: folder.claim(config))
+    start = state.progress.step
+    log = Log(folder, config.log, start, schedule.steps, schedule.effective_batch, world.is_main)
+    log.say(describe_run(config, model, schedule, dataset.source, world))
+    for line in complaints:
+        log.say(f"warning: {line}")
+    if start:
+        log.say(f"going on from step {start} of {schedule.steps}")
+
+    stream = SampleStream(
+        len(dataset),
+        batch_size=schedule.batch_size,
+        accum_steps=schedule.accum_steps,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        start_step=start,
+        end_step=schedule.steps,
+    )
+    pin = config.data.pin_memory and world.device.type == "cuda"
+    loader = make_loader(dataset, stream, worker_count(config.data.workers), config.data.prefetch, pin_memory=pin)
+    forward = torch.compile(model) if config.train.compile else model
+    if world.size > 1:
+        forward = DistributedDataParallel(forward)
+
+    def save() -> None:
+        if world.is_main:
+            log.metrics.sync()
+            every, keep = config.checkpoint.every, config.checkpoint.keep_every
+            payload = state.payload(config, len(dataset))
+            checkpoint.save(folder.checkpoints, payload, config.checkpoint.keep_last, keep and keep * every)
+        world.barrier()
+
+    def picture() -> None:
+        if world.is_main and config.log.images:
+            draw_reconstructions(config, state, dataset, folder, log, world.device)
+
+    hooks = loop.Hooks(save, picture, dataset.source.name)
+    ended_by = loop.train(state, forward, iter(loader), schedule, config, world, log, hooks)
+    log.close()
+    if ended_by:
+        log.say(f"signal {ended_by}: saved at step {state.progress.step}; the same command goes on from there")
+        return 128 + ended_by
+    if world.is_main:
+        folder.export_encoder(model, config.model.name)
+        pictures.loss_curve(folder.metrics, folder.path / "loss.png", f"{config.model.name}: {config.data.source}")
+        print(next_commands(config, folder))
+    return 0
+
+
+def build_model(config: Config) -> torch.nn.Module:
+    """The model a configuration names. Raises UsageError for an unknown name or values that do not fit."""
+    m, named = config.model, {}
+    for key in ("depths", "dims"):
+        if getattr(m, key) is not None:
+            named[key] = tuple(getattr(m, key))
+    return create_model(
+        m.name,
+        image_size=image_size(config),
+        in_chans=m.in_chans,
+        decoder_dim=m.decoder_dim,
+        decoder_depth=m.decoder_depth,
+        mask_ratio=config.mask.ratio,
+        norm_pix=config.loss.norm_pix,
+        norm_window=config.loss.norm_window,
+        grn=config.sparse.grn,
+        backend=config.sparse.backend,
+        **named,
+    )
+
+
+def build_dataset(config: Config, mask_unit: int) -> MaskedImages:
+    """The images with their crops and masks. Raises UsageError when there are none to be found."""
+    size, d = image_size(config), config.data
+    grid = grid_size(size, mask_unit)
+    transform = make_transform(
+        image_size=size,
+        in_chans=config.model.in_chans,
+        crop_scale=tuple(d.crop_scale),
+        flip=d.flip,
+        mean=d.mean,
+        std=d.std,
+    )
+    return MaskedImages(
+        open_source(d.source, config.model.in_chans),
+        transform,
+        config.seed,
+        draw=lambda rng: draw_mask(rng, grid, config.mask.ratio, config.mask.strategy),
+    )
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """(H, W) in pixels. Raises UsageError unless model.image_size is one whole number or two."""
+    value = config.model.image_size
+    pair = [value, value] if isinstance(value, int) else value
+    if not isinstance(pair, list) or len(pair) != 2 or not all(type(v) is int for v in pair):
+        raise UsageError(f"model.image_size={value} must be a whole number of pixels or [height, width]")
+    return pair[0], pair[1]
+
+
+def worker_count(wanted: int) -> int:
+    """Loader processes of this rank: as asked, or (-1) one for each of its cores, 8 at most."""
+    if wanted >= 0:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def draw_reconstructions(config, state: TrainState, dataset, folder: RunFolder, log: Log, device) -> None:
+    """The run's picture: the first images of the data as they were in epoch 0, so that every picture shows the same."""
+    step = state.progress.step
+    items = [dataset[(0, i)] for i in range(min(config.log.images, len(dataset)))]
+    images = torch.stack([item["image"] for item in items]).to(device)
+    mask = torch.stack([item["mask"] for item in items]).to(device)
+    with optim.autocast(device, config.train.precision):
+        masked, filled = pictures.reconstruct(state.model, images, mask)
+    label = f"step {step}; visible regions pasted in"
+    if config.loss.norm_pix:
+        label += f"; {pictures.TRUE_STATISTICS}"
+    path = folder.pictures / f"step_{step:09d}.png"
+    columns = {"original": images, "masked": masked, "reconstruction": filled}
+    mean, std = stats(config.model.in_chans, config.data.mean, config.data.std)
+    pictures.reconstruction_sheet(path, columns, mean, std, label)
+    log.picture("reconstructions", path, step)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Values that no run can work with, found before anything starts."""
+
+from __future__ import annotations
+
+from fcmae.config import Config
+from fcmae.errors import UsageError
+from fcmae.masking import STRATEGIES
+from fcmae.train.optim import PRECISIONS
+
+
+def check(config: Config) -> None:
+    """Raises UsageError, naming the setting and what it may be, for the first value out of range."""
+    train, data, log = config.train, config.data, config.log
+    rules = [
+        (config.out, "out", "the run folder, e.g. out=runs/atto"),
+        (data.source, "data.source", "where images are, e.g. data.source=/data/imagenet/train or data.source=sample"),
+        (config.seed >= 0, "seed", "0 or more"),
+        (config.model.in_chans >= 1, "model.in_chans", "1 or more"),
+        (config.model.decoder_dim >= 1, "model.decoder_dim", "1 or more"),
+        (config.model.decoder_depth >= 0, "model.decoder_depth", "0 or more"),
+        (config.mask.strategy in STRATEGIES, "mask.strategy", f"one of {', '.join(STRATEGIES)}"),
+        (config.loss.norm_window is None or config.loss.norm_window >= 1, "loss.norm_window", "1 or more, or null"),
+        (train.precision in PRECISIONS, "train.precision", f"one of {', '.join(PRECISIONS)}"),
+        (train.epochs > 0, "train.epochs", "more than 0"),
+        (train.steps is None or train.steps >= 1, "train.steps", "1 or more, or null"),
+        (train.batch_size >= 1, "train.batch_size", "1 or more"),
+        (train.accum_steps >= 1, "train.accum_steps", "1 or more"),
+        (train.effective_batch is None or train.effective_batch >= 1, "train.effective_batch", "1 or more, or null"),
+        (train.base_lr >= 0, "train.base_lr", "0 or more"),
+        (train.lr is None or train.lr >= 0, "train.lr", "0 or more, or null"),
+        (train.min_lr >= 0, "train.min_lr", "0 or more"),
+        (train.warmup_epochs >= 0, "train.warmup_epochs", "0 or more"),
+        (train.weight_decay >= 0, "train.weight_decay", "0 or more"),
+        (len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), "train.betas", "two numbers in [0, 1)"),
+        (train.clip_grad is None or train.clip_grad > 0, "train.clip_grad", "more than 0, or null"),
+        (train.max_nonfinite >= 1, "train.max_nonfinite", "1 or more"),
+        (data.workers >= -1, "data.workers", "-1 or more"),
+        (data.prefetch >= 1, "data.prefetch", "1 or more"),
+        (
+            len(data.crop_scale) == 2 and 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
+            "data.crop_scale", "two numbers, 0 < least <= most <= 1",
+        ),
+        (0 <= data.flip <= 1, "data.flip", "between 0 and 1"),
+        (0 <= data.max_bad_share <= 1, "data.max_bad_share", "between 0 and 1"),
+        (config.checkpoint.every >= 1, "checkpoint.every", "1 or more"),
+        (config.checkpoint.keep_last >= 1, "checkpoint.keep_last", "1 or more"),
+        (
+            config.checkpoint.keep_every is None or config.checkpoint.keep_every >= 1,
+            "checkpoint.keep_every", "1 or more, or null",
+        ),
+        (log.every >= 1, "log.every", "1 or more"),
+        (log.print_every >= 1, "log.print_every", "1 or more"),
+        (log.images >= 0, "log.images", "0 or more"),
+        (log.images_every > 0, "log.images_every", "more than 0"),
+    ]  # fmt: skip
+    for holds, key, wanted in rules:
+        if not holds:
+            value = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            raise UsageError(f"{key}={'null' if value is None else value} will not do: it must be {wanted}")

@@ -1,0 +1,53 @@
+"""What a run says at its head and at its end."""
+
+from __future__ import annotations
+
+import timm
+import torch
+
+import fcmae
+from fcmae.config import Config
+from fcmae.masking import grid_size, keep_count
+from fcmae.train.distributed import World
+from fcmae.train.run_folder import RunFolder
+from fcmae.train.schedule import Schedule
+
+
+def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, source, world: World) -> str:
+    """The head of a run: versions, device, backend, model, data, mask, batch and learning rate."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
+    encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    whole = sum(p.numel() for p in model.parameters()) / 1e6
+    h, w = model.image_size
+    gh, gw = grid_size(model.image_size, model.mask_unit)
+    keep = keep_count(gh * gw, model.mask_ratio)
+    images = f"{schedule.dataset_size:,} images"
+    rows = {
+        "fcmae": f"{fcmae.__version__}, torch {torch.__version__}",
+        "device": f"{device} x {world.size}, {config.train.precision}{', compiled' if config.train.compile else ''}",
+        "backend": f"{model.backend} (asked for: {config.sparse.backend}), GRN {config.sparse.grn}",
+        "model": f"{config.model.name}, {whole:.1f} M parameters of which the encoder {encoder:.1f} M",
+        "data": f"{config.data.source}: {images} as {config.model.in_chans} x {h} x {w}",
+        "mask": f"{config.mask.strategy} {config.mask.ratio:g}: {keep} of {gh} x {gw} = {gh * gw} regions stay visible",
+        "batch": f"{schedule.effective_batch} = {schedule.batch_size} x {schedule.accum_steps} accumulated"
+        f" x {world.size} processes",
+        "schedule": f"{schedule.steps} steps = {schedule.epochs:g} epochs, warm-up {schedule.warmup_epochs:g} epochs, "
+        f"peak lr {schedule.peak_lr:.3g}",
+        "folder": str(config.out),
+    }
+    return "\n".join(f"{key:>9}  {text}" for key, text in rows.items())
+
+
+def next_commands(config: Config, folder: RunFolder) -> str:
+    """What a user may type next."""
+    name = config.model.name.removeprefix("fcmae_")
+    lines = [f"done: {folder.path}", "look:      " + f"{folder.path}/loss.png, {folder.pictures}/"]
+    if config.log.tensorboard:
+        lines.append(f"           tensorboard --logdir {folder.path / 'tensorboard'}")
+    if timm.is_model(name) and config.model.depths is None and config.model.dims is None:
+        arguments = f"'{name}', num_classes=0, in_chans={config.model.in_chans}, checkpoint_path='{folder.encoder}'"
+        lines.append(f'use it:    python -c "import timm; print(timm.create_model({arguments}).num_features)"')
+    lines.append(
+        f"your data: python -m fcmae.pretrain configs/pretrain/fcmae_{name}.yaml data.source=DIR out=runs/{name}"
+    )
+    return "\n".join(lines)

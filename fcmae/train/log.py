@@ -1,0 +1,163 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar (plain lines when not at a terminal)."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fcmae.config import LogConfig
+from fcmae.train.run_folder import RunFolder
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per logged step, only numbers that a repeated run repeats bit for bit.
+
+    Opened to go on after `step`: lines of later steps, and a line cut short by a kill, are dropped.
+    """
+
+    def __init__(self, path: Path, step: int):
+        if path.exists():
+            whole = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n") or _step_of(line) > step:
+                    break
+                whole.append(line)
+            temporary = path.with_name(f".{path.name}.part")
+            temporary.write_bytes(b"".join(whole))
+            os.replace(temporary, path)
+        self._file = open(path, "a", buffering=1)
+
+    def write(self, row: dict) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(row) + "\n")
+
+    def sync(self) -> None:
+        """Force every line to disk, so that a checkpoint is never ahead of its metrics."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Log:
+    """A run's reporting: rank 0 writes and prints, other ranks only name their unreadable images.
+
+    step, steps: where the run starts and ends. images_per_step: over all processes.
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: LogConfig, step: int, steps: int, images_per_step: int, is_main: bool
+    ):
+        self.config, self.steps, self.images_per_step, self.is_main = config, steps, images_per_step, is_main
+        self.metrics = self.tensorboard = self.bar = None
+        self._bad_path = folder.path / "bad_images.txt"
+        self._bad_known = set(self._bad_path.read_text().splitlines()) if self._bad_path.exists() else set()
+        self._logged = self._printed = time.perf_counter(), step
+        self._waited = 0.0
+        if not is_main:
+            return
+        self.metrics = MetricsFile(folder.metrics, step)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
+        if sys.stderr.isatty():
+            self.bar = tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def step(self, row: dict, waited: float) -> None:
+        """Report one optimizer step. waited: seconds of it spent waiting for data."""
+        if not self.is_main:
+            return
+        step = row["step"]
+        self._waited += waited
+        if step % self.config.every == 0 or step == self.steps:
+            self.metrics.write(row)
+            self._scalars(row)
+        self._progress(row)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a written PNG in TensorBoard."""
+        if self.tensorboard:
+            from torchvision.io import read_image
+
+            self.tensorboard.add_image(name, read_image(str(path))[:3], step)
+
+    def say(self, line: str) -> None:
+        """One line for people, beside the bar if there is one."""
+        if self.bar:
+            self.bar.write(line)
+        elif self.is_main:
+            print(line, flush=True)
+
+    def bad_images(self, names: list[str]) -> None:
+        """Write the names of unreadable images that were replaced to bad_images.txt, each once."""
+        for name in names:
+            if name not in self._bad_known:
+                self._bad_known.add(name)
+                with open(self._bad_path, "a") as file:  # one short append: ranks do not mix
+                    file.write(name + "\n")
+                self.say(f"warning: unreadable image replaced: {name}")
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        if self.metrics:
+            self.metrics.sync()
+            self.metrics.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+
+    def _scalars(self, row: dict) -> None:
+        (then, then_step), now, step = self._logged, time.perf_counter(), row["step"]
+        self._logged = now, step
+        if self.tensorboard:
+            values = {k: row[k] for k in ("loss", "lr", "grad_norm", "loss_scale") if row.get(k) is not None}
+            values["images_per_second"] = (step - then_step) * self.images_per_step / (now - then)
+            values["data_wait_share"] = self._waited / (now - then)
+            values["peak_memory_gib"] = peak_memory() / 2**30
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"train/{name}", value, step)
+        self._waited = 0.0
+
+    def _progress(self, row: dict) -> None:
+        step, loss = row["step"], "nan" if row["loss"] is None else f"{row['loss']:.4f}"
+        if self.bar:
+            self.bar.update(step - self.bar.n)
+            rate = (self.bar.format_dict["rate"] or 0) * self.images_per_step
+            self.bar.set_postfix_str(f"epoch {row['epoch']:.1f} loss {loss} lr {row['lr']:.2e} {rate:.0f} img/s")
+        elif step % self.config.print_every == 0 or step == self.steps:
+            (then, then_step), now = self._printed, time.perf_counter()
+            pace = (now - then) / (step - then_step)
+            self._printed = now, step
+            eta = datetime.timedelta(seconds=round(pace * (self.steps - step)))
+            print(
+                f"step {step}/{self.steps} epoch {row['epoch']:.2f} loss {loss} lr {row['lr']:.2e} "
+                f"{self.images_per_step / pace:.0f} img/s eta {eta}",
+                flush=True,
+            )
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def peak_memory() -> int:
+    """Bytes: the most CUDA memory torch held, or this process's largest resident size without CUDA."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,172 @@
+"""The training loop: gradient accumulation, the guard against non-finite steps, checkpoints, leaving on a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fcmae.config import Config
+from fcmae.errors import UsageError
+from fcmae.kernels.tiles import Tiles
+from fcmae.train import optim
+from fcmae.train.distributed import World
+from fcmae.train.log import Log
+from fcmae.train.schedule import Schedule
+from fcmae.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop asks of its run, on every rank: write a checkpoint, draw a picture, name an image by index."""
+
+    save: Callable[[], None]
+    picture: Callable[[], None]
+    name_of: Callable[[int], str]
+
+
+class StopSignal:
+    """SIGTERM or SIGINT, remembered until the step is done. A second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame) -> None:
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def train(
+    state: TrainState,
+    forward: nn.Module,
+    batches: Iterator[dict],
+    schedule: Schedule,
+    config: Config,
+    world: World,
+    log: Log,
+    hooks: Hooks,
+) -> int:
+    """Train from `state.progress.step` to `schedule.steps`; returns 0, or the number of the signal that ended it early.
+
+    forward: the state's model, compiled or wrapped for several ranks. batches: dicts with "image" (B, C, H, W) float32,
+    "mask" (B, gh, gw) bool, "index" (B,) int64 and "bad", names of unreadable images that were replaced.
+    Raises UsageError when steps stay non-finite or too many images are unreadable; the last checkpoint then stands.
+    """
+    optimizer, scaler, progress = state.optimizer, state.scaler, state.progress
+    without_sync = getattr(forward, "no_sync", contextlib.nullcontext)
+    state.model.train()
+    with StopSignal() as stop:
+        while progress.step < schedule.steps:
+            lr = schedule.lr_at(progress.step)
+            optim.set_lr(optimizer, lr)
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), device=world.device)
+            waited, bad, indices = 0.0, [], []
+            for i in range(schedule.accum_steps):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                bad += batch["bad"]
+                indices += batch["index"].tolist()
+                images = batch["image"].to(world.device, non_blocking=True)
+                tiles = tiles_of(batch["mask"]).to(world.device, non_blocking=True)
+                with without_sync() if i < schedule.accum_steps - 1 else contextlib.nullcontext():
+                    with optim.autocast(world.device, config.train.precision):
+                        part = forward(images, tiles)[0] / schedule.accum_steps
+                    scaler.scale(part).backward()
+                loss += part.detach()
+            scaler.unscale_(optimizer)
+            grad_norm = optim.grad_norm(state.model)
+            # One collective and one host synchronisation a step, and all ranks decide alike.
+            local = torch.stack([loss, loss.new_full((), stop.received), loss.new_full((), len(bad)), grad_norm])
+            mean_loss, stopping, mean_bad, norm = world.mean(local).tolist()
+            finite = norm - norm == 0
+            if finite:
+                optim.clip(state.model, config.train.clip_grad, grad_norm)
+                scaler.step(optimizer)
+            scaler.update()
+            progress.step += 1
+            progress.bad_images += round(mean_bad * world.size)
+            log.bad_images(bad)
+            row = {
+                "step": progress.step,
+                "epoch": round(schedule.epoch_at(progress.step), 6),
+                "images": progress.step * schedule.effective_batch,
+                "loss": mean_loss if mean_loss - mean_loss == 0 else None,
+                "lr": lr,
+                "grad_norm": norm if finite else None,
+            }
+            if scaler.is_enabled():
+                row["loss_scale"] = scaler.get_scale()
+            log.step(row, waited)
+            if finite:
+                progress.skipped_in_a_row = 0
+            else:
+                overflow = scaler.is_enabled() and row["loss"] is not None
+                note_skipped(state, overflow, indices, config.train.max_nonfinite, log, hooks)
+            check_bad_share(progress.bad_images, row["images"], config.data.max_bad_share)
+            done = progress.step == schedule.steps
+            if done or stopping or progress.step % config.checkpoint.every == 0:
+                hooks.save()
+            if done or crossed(schedule, progress.step, config.log.images_every):
+                hooks.picture()
+            if stopping and not done:
+                return stop.received or signal.SIGTERM
+    return 0
+
+
+def tiles_of(mask: torch.Tensor) -> Tiles:
+    """The tables of a loader's mask (B, gh, gw), on the CPU, where reading the visible count waits for nothing."""
+    return Tiles.from_mask(mask, int((~mask[0]).sum()))
+
+
+def crossed(schedule: Schedule, step: int, every: float) -> bool:
+    """Whether step number `step`, counted from 1, completed a multiple of `every` epochs."""
+    return schedule.epoch_at(step) // every > schedule.epoch_at(step - 1) // every
+
+
+def note_skipped(state: TrainState, overflow: bool, indices: list[int], limit: int, log: Log, hooks: Hooks) -> None:
+    """Count a step whose gradient was not finite and say where; raise UsageError after `limit` in a row.
+
+    overflow: the loss was finite and fp16 scaled gradients overflowed, which the scaler mends by itself.
+    """
+    progress = state.progress
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    stop = progress.skipped_in_a_row >= limit
+    if overflow and not stop:
+        return
+    names = ", ".join(map(hooks.name_of, indices[:3])) + (f" and {len(indices) - 3} more" if len(indices) > 3 else "")
+    where = (
+        f"gradient not finite at step {progress.step}, first in {optim.first_nonfinite(state.model)}; images {names}"
+    )
+    if stop:
+        raise UsageError(
+            f"{where}; {limit} steps in a row were skipped, the last checkpoint is intact: lower train.base_lr, set "
+            f"train.clip_grad, or use train.precision=bf16 or fp32"
+        )
+    log.say(f"warning: {where}; step skipped, {progress.skipped} so far")
+
+
+def check_bad_share(bad: int, read: int, largest: float) -> None:
+    """Raises UsageError when more than the share `largest` of the images read (of 1,000 at least) was unreadable."""
+    if bad > largest * max(read, 1000):
+        raise UsageError(
+            f"{bad} of {read} images read were unreadable, more than data.max_bad_share={largest:g}; "
+            f"bad_images.txt in the run folder names them"
+        )

@@ -1,0 +1,70 @@
+"""What a configuration comes to: batch, steps and learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fcmae.config import TrainConfig
+from fcmae.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Resolved numbers of a run. Steps are optimizer steps; an epoch is `dataset_size` images."""
+
+    dataset_size: int
+    batch_size: int  # images per process and forward pass
+    accum_steps: int
+    effective_batch: int
+    steps: int
+    warmup_epochs: float
+    epochs: float
+    peak_lr: float
+    min_lr: float
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data completed after `step` steps."""
+        return step * self.effective_batch / self.dataset_size
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step number `step`, counted from 0: linear warm-up from 0, then half a cosine to min_lr,
+        both over fractions of epochs, as MAE's `lr_sched` (arXiv 2111.06377 appendix A.1)."""
+        epoch = self.epoch_at(step)
+        if epoch < self.warmup_epochs:
+            return self.peak_lr * epoch / self.warmup_epochs
+        done = min(1.0, (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs))
+        return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def resolve_batch(train: TrainConfig, world_size: int) -> tuple[int, int]:
+    """(accum_steps, effective_batch). Raises UsageError when one pass over all ranks does not divide the latter."""
+    per_pass = train.batch_size * world_size
+    if train.effective_batch is None:
+        return train.accum_steps, per_pass * train.accum_steps
+    if train.effective_batch % per_pass:
+        raise UsageError(
+            f"train.effective_batch={train.effective_batch} is not a multiple of train.batch_size x processes = "
+            f"{train.batch_size} x {world_size}; one must divide {train.effective_batch / world_size:g}"
+        )
+    return train.effective_batch // per_pass, train.effective_batch
+
+
+def make_schedule(train: TrainConfig, dataset_size: int, world_size: int) -> Schedule:
+    """The schedule of a run. Raises UsageError when the batch exceeds the data or the warm-up the run."""
+    accum, batch = resolve_batch(train, world_size)
+    if batch > dataset_size:
+        raise UsageError(
+            f"a batch of {batch} images (train.batch_size {train.batch_size} x accum_steps {accum} x processes "
+            f"{world_size}) is larger than the dataset of {dataset_size}; lower train.batch_size"
+        )
+    if train.steps is None:
+        epochs, steps = float(train.epochs), max(1, math.ceil(train.epochs * dataset_size / batch))
+    else:
+        epochs, steps = train.steps * batch / dataset_size, train.steps
+    if train.warmup_epochs >= epochs:
+        raise UsageError(f"train.warmup_epochs={train.warmup_epochs:g} must be less than the run's {epochs:g} epochs")
+    lr = train.base_lr * batch / 256 if train.lr is None else train.lr
+    if train.min_lr > lr:
+        raise UsageError(f"train.min_lr={train.min_lr:g} exceeds the peak learning rate {lr:g}")
+    return Schedule(dataset_size, train.batch_size, accum, batch, steps, train.warmup_epochs, epochs, lr, train.min_lr)

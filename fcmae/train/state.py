@@ -1,0 +1,63 @@
+"""What a checkpoint holds, and how a run is restored from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from fcmae import config as settings
+from fcmae.errors import UsageError
+
+
+@dataclass
+class Progress:
+    """What a run carries from step to step besides tensors."""
+
+    step: int = 0
+    skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0
+    bad_images: int = 0  # unreadable images replaced, over all ranks
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress = field(default_factory=Progress)
+
+    def payload(self, config: settings.Config, dataset_size: int) -> dict:
+        """A checkpoint's content: tensors and plain data only, so that reading it never runs code."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return {
+            "config": settings.to_dict(config),
+            "dataset_size": dataset_size,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            **asdict(self.progress),
+        }
+
+    def restore(self, payload: dict, where: str, config: settings.Config, dataset_size: int) -> None:
+        """Go on from a payload. Raises UsageError when it belongs to another model or another number of images."""
+        changed = settings.differences(payload["config"]["model"], settings.to_dict(config)["model"])
+        if changed:
+            raise UsageError(f"{where} holds another model ({'; '.join(changed[:3])}); resume it with its own settings")
+        if payload["dataset_size"] != dataset_size:
+            raise UsageError(
+                f"{where} was trained on {payload['dataset_size']} images and data.source now has {dataset_size}; "
+                f"restore the data, or start a new run with another out=..."
+            )
+        self.model.load_state_dict(payload["model"], strict=True)
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.scaler.load_state_dict(payload["scaler"])
+        self.progress = Progress(**{key: payload[key] for key in asdict(Progress())})
+        torch.set_rng_state(payload["rng"]["torch"])
+        if torch.cuda.is_initialized():
+            for device, rng in enumerate(payload["rng"]["cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(rng, device)
