@@ -89,7 +89,7 @@ class TrainConfig:
     min_lr: float = _key(0.0, "learning rate at the end of the cosine")
     warmup_epochs: float = _key(40, "linear warm-up")
     weight_decay: float = _key(0.05, "AdamW; none on biases, norms and GRN")
-    betas: list[float] = _key([0.9, 0.95], "AdamW")
+    betas: list[float] = _key([0.9, 0.95], "of AdamW, two numbers")
     clip_grad: float | None = _key(None, "largest gradient norm; null: no clipping")
     precision: str = _key("fp32", "fp32, bf16 or fp16 (autocast; fp16 with a loss scaler)")
     compile: bool = _key(False, "torch.compile the model")
@@ -223,11 +223,9 @@ def _type_text(hint: Any) -> str:
 
 
 def _yaml_text(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list)
-        else str(value)
-    )
+    if isinstance(value, (bool, type(None))):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _read_yaml(path: str | Path) -> Any:

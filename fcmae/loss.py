@@ -40,6 +40,13 @@ def normalize_windows(images: Tensor, window: int, eps: float = 1e-6) -> Tensor:
     return unpatchify((patchify(images, window) - mean) / std, window, tuple(images.shape[-2:]))
 
 
+def check_window(image_size: tuple[int, int], window: int) -> None:
+    """Raises UsageError unless squares of `window` pixels tile an image of (H, W) pixels."""
+    h, w = image_size
+    if h % window or w % window:
+        raise UsageError(f"loss.norm_window={window} does not divide the image size {h}x{w}")
+
+
 def spread(mask: Tensor, times: int) -> Tensor:
     """A mask (B, gh, gw) of units as one of patches (B, gh*times, gw*times), `times` patches along a unit's side."""
     return mask.repeat_interleave(times, 1).repeat_interleave(times, 2)
@@ -56,9 +63,9 @@ def masked_pixel_loss(
     Raises UsageError when a window does not divide the image.
     """
     window = norm_window or patch
-    h, w = images.shape[-2:]
-    if h % window or w % window:
-        raise UsageError(f"loss.norm_window={window} does not divide the image size {h}x{w}")
+    h = images.shape[-2]
+    if norm_pix:
+        check_window(tuple(images.shape[-2:]), window)
     with torch.autocast(images.device.type, enabled=False):
         wide = torch.promote_types(pred.dtype, torch.float32)
         images = images.to(wide)

@@ -6,7 +6,9 @@ The main path, top to bottom: configuration -> data -> model -> run folder -> tr
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,10 +67,14 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     world.on_main(lambda: folder.check(config))
     payload, complaints = folder.find_checkpoint(config.resume)
     if payload is not None:
-        state.restore(payload, str(folder.path), config, len(dataset))
+        state.restore(payload, str(config.resume or folder.path), config, len(dataset))
         del payload
-    world.on_main(lambda: folder.claim(config))
     start = state.progress.step
+    if start == schedule.steps and folder.encoder.is_file():
+        if world.is_main:
+            print(f"{folder.path} is complete at step {start}; out=... starts another run")
+        return 0
+    world.on_main(lambda: folder.claim(config))
     log = Log(folder, config.log, start, schedule.steps, schedule.effective_batch, world.is_main)
     log.say(describe_run(config, model, schedule, dataset.source, world))
     for line in complaints:
@@ -88,7 +94,7 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     )
     pin = config.data.pin_memory and world.device.type == "cuda"
     loader = make_loader(dataset, stream, worker_count(config.data.workers), config.data.prefetch, pin_memory=pin)
-    forward = torch.compile(model) if config.train.compile else model
+    forward = compiled(model, world.device) if config.train.compile else model
     if world.size > 1:
         forward = DistributedDataParallel(forward)
 
@@ -105,13 +111,13 @@ def _pretrain(config: Config, world: distributed.World) -> int:
             draw_reconstructions(config, state, dataset, folder, log, world.device)
 
     hooks = loop.Hooks(save, picture, dataset.source.name)
-    ended_by = loop.train(state, forward, iter(loader), schedule, config, world, log, hooks)
+    ended_by = loop.train(state, forward, loader, schedule, config, world, log, hooks)
     log.close()
     if ended_by:
         log.say(f"signal {ended_by}: saved at step {state.progress.step}; the same command goes on from there")
         return 128 + ended_by
     if world.is_main:
-        folder.export_encoder(model, config.model.name)
+        folder.export_encoder(model)
         pictures.loss_curve(folder.metrics, folder.path / "loss.png", f"{config.model.name}: {config.data.source}")
         print(next_commands(config, folder))
     return 0
@@ -154,7 +160,7 @@ def build_dataset(config: Config, mask_unit: int) -> MaskedImages:
         open_source(d.source, config.model.in_chans),
         transform,
         config.seed,
-        draw=lambda rng: draw_mask(rng, grid, config.mask.ratio, config.mask.strategy),
+        draw=partial(draw_mask, grid=grid, mask_ratio=config.mask.ratio, strategy=config.mask.strategy),
     )
 
 
@@ -173,6 +179,16 @@ def worker_count(wanted: int) -> int:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model through torch.compile. Raises UsageError on a CPU without the C++ compiler that it needs."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UsageError(
+            f"train.compile on a CPU needs a C++ compiler; {compiler} is not there: install it or turn it off"
+        )
+    return torch.compile(model)
 
 
 def draw_reconstructions(config, state: TrainState, dataset, folder: RunFolder, log: Log, device) -> None:

@@ -131,6 +131,7 @@ def _write_index(place: str, index: dict[str, np.ndarray]) -> bool:
 def _scan(path: str) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         head = file.read(8)
+        file.seek(0)
         for magic, kind in COMPRESSED.items():
             if head.startswith(magic):
                 raise UsageError(f"{path} is compressed ({kind}): unpack it and make a plain .tar")
@@ -142,11 +143,11 @@ def _scan(path: str) -> dict[str, np.ndarray]:
                     name = member.name
                     if not name.lower().endswith(PHOTO_EXTENSIONS + ARRAY_EXTENSIONS):
                         continue
-                    if os.path.basename(name).startswith(".") or member.issparse():
-                        continue
+                    if any(part[0] == "." and part != "." for part in name.split("/") if part):
+                        continue  # hidden, as in a folder
                     if member.islnk() and member.linkname in found:
                         found[name] = found[member.linkname]
-                    elif member.isreg():
+                    elif member.isreg() and not member.issparse():
                         found[name] = (member.offset_data, member.size)
                 end = tar.offset
         except tarfile.TarError as error:

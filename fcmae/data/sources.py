@@ -162,8 +162,7 @@ def _open_list(path: str, in_chans: int) -> Source:
         if line == 1 and path.lower().endswith((".csv", ".tsv")):
             hint = f"; if line 1 is a header, call the column of paths one of {', '.join(LIST_COLUMNS)}"
         raise UsageError(
-            f"{path} line {line}: no file {os.path.join(root, entry)} "
-            f"({len(missing)} of {len(entries)} missing){hint}"
+            f"{path} line {line}: no file {os.path.join(root, entry)} ({len(missing)} of {len(entries)} missing){hint}"
         )
     return files
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fcmae.errors import UsageError
 from fcmae.kernels.tiles import Tiles
-from fcmae.loss import masked_pixel_loss
+from fcmae.loss import check_window, masked_pixel_loss
 from fcmae.masking import check_mask, grid_size, keep_count, mask_from_noise
 from fcmae.models.convnextv2 import STRIDE, ConvNeXtV2
 from fcmae.models.layers import Block
@@ -47,6 +47,8 @@ class FCMAE(nn.Module):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         gh, gw = grid_size(self.image_size, self.mask_unit)
         keep_count(gh * gw, mask_ratio)
+        if norm_pix:
+            check_window(self.image_size, norm_window or STRIDE)
         self.mask_ratio, self.norm_pix, self.norm_window = mask_ratio, norm_pix, norm_window
         self.backend = resolve_backend(backend)
         self.in_chans = in_chans

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from fcmae.config import LogConfig
@@ -87,9 +89,8 @@ class Log:
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a written PNG in TensorBoard."""
         if self.tensorboard:
-            from torchvision.io import read_image
-
-            self.tensorboard.add_image(name, read_image(str(path))[:3], step)
+            with Image.open(path) as image:
+                self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def say(self, line: str) -> None:
         """One line for people, beside the bar if there is one."""

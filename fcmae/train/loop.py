@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ class StopSignal:
 def train(
     state: TrainState,
     forward: nn.Module,
-    batches: Iterator[dict],
+    loader: Iterable[dict],
     schedule: Schedule,
     config: Config,
     world: World,
@@ -63,7 +63,7 @@ def train(
 ) -> int:
     """Train from `state.progress.step` to `schedule.steps`; returns 0, or the number of the signal that ended it early.
 
-    forward: the state's model, compiled or wrapped for several ranks. batches: dicts with "image" (B, C, H, W) float32,
+    forward: the state's model, compiled or wrapped for several ranks. loader: dicts with "image" (B, C, H, W) float32,
     "mask" (B, gh, gw) bool, "index" (B,) int64 and "bad", names of unreadable images that were replaced.
     Raises UsageError when steps stay non-finite or too many images are unreadable; the last checkpoint then stands.
     """
@@ -71,6 +71,7 @@ def train(
     without_sync = getattr(forward, "no_sync", contextlib.nullcontext)
     state.model.train()
     with StopSignal() as stop:
+        batches = iter(loader)
         while progress.step < schedule.steps:
             lr = schedule.lr_at(progress.step)
             optim.set_lr(optimizer, lr)
@@ -113,6 +114,8 @@ def train(
             }
             if scaler.is_enabled():
                 row["loss_scale"] = scaler.get_scale()
+            if not finite:
+                row["skipped"] = True
             log.step(row, waited)
             if finite:
                 progress.skipped_in_a_row = 0

@@ -87,7 +87,8 @@ class RunFolder:
             payload = checkpoint.read(Path(resume))
         return payload, complaints
 
-    def export_encoder(self, model: nn.Module, name: str) -> None:
+    def export_encoder(self, model: nn.Module) -> None:
         """Write `encoder.safetensors`, which timm loads as its model of the same size."""
-        data = save(timm_layout.from_encoder(model.encoder.state_dict()), metadata={"format": "pt", "model": name})
+        # One entry only: safetensors writes several in random order, and equal runs should leave equal files.
+        data = save(timm_layout.from_encoder(model.encoder.state_dict()), metadata={"format": "pt"})
         checkpoint.write_whole(self.encoder, lambda file: file.write(data))

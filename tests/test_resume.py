@@ -1,0 +1,120 @@
+"""Killed at any instant, a run resumes to the same weights and metrics, bit for bit."""
+
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run, its config file and its settings."""
+    folder = tmp_path_factory.mktemp("resume")
+    config = folder / "config.yaml"
+    config.write_text(CONFIG)
+    settings = [f"data.source={make_pictures(folder / 'pictures')}", "checkpoint.every=3"]
+    run(config, *settings, f"out={folder / 'whole'}")
+    return folder, config, settings
+
+
+def kill_when(process, condition, seconds=120):
+    """SIGKILL as soon as the condition holds; False when the run ended before."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        if condition():
+            process.kill()
+            process.wait()
+            return True
+    assert process.poll() is not None, "the run neither ended nor came to the point it was to be killed at"
+    return False
+
+
+def test_killed_at_ten_random_moments(whole, tmp_path):
+    _, config, settings = whole
+    out, rng, killed = tmp_path / "killed", random.Random(0), 0
+    reached = lambda: len((out / "metrics.jsonl").read_bytes().splitlines()) if out.exists() else 0  # noqa: E731
+    while killed < 10:
+        workers = rng.choice([0, 1, 2])
+        process = subprocess.Popen(
+            command(config, *settings, f"out={out}", f"data.workers={workers}"),
+            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        before = reached() if (out / "metrics.jsonl").exists() else 0
+        if killed % 2:  # in the middle of writing a checkpoint
+            condition = lambda: any((out / "checkpoints").glob(".*.part"))  # noqa: E731
+        else:  # some steps and a random fraction of one further on
+            goal, pause = before + rng.randint(1, 5), rng.random() * 0.05
+            condition = lambda: (out / "metrics.jsonl").exists() and reached() >= goal and (time.sleep(pause) or True)  # noqa: B023, E731
+        assert kill_when(process, condition), f"ended by itself: {process.stderr.read()[-2000:]}"
+        killed += 1
+    run(config, *settings, f"out={out}")
+    assert_same_run(out, whole[0] / "whole")
+
+
+def test_another_number_of_workers_changes_nothing(whole, tmp_path):
+    _, config, settings = whole
+    run(config, *settings, f"out={tmp_path / 'workers'}", "data.workers=2")
+    assert_same_run(tmp_path / "workers", whole[0] / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_before_leaving(whole, tmp_path, number):
+    _, config, settings = whole
+    out = tmp_path / "signalled"
+    process = subprocess.Popen(
+        command(config, *settings, f"out={out}", "checkpoint.every=1000", "data.workers=1"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 7/"):
+            process.send_signal(number)
+            break
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors[-2000:]
+    step = final_state(out)["step"]
+    assert 7 <= step < 60 and metrics(out)[-1]["step"] == step
+    assert f"saved at step {step}" in said
+    run(config, *settings, f"out={out}", "checkpoint.every=3")
+    assert_same_run(out, whole[0] / "whole")
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, tmp_path):
+    _, config, settings = whole
+    out = tmp_path / "damaged"
+    process = subprocess.Popen(
+        command(config, *settings, f"out={out}"), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 20/"):
+            break
+    process.kill()
+    process.communicate()
+    older, newest = sorted((out / "checkpoints").glob("step_*.pt"))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    said = run(config, *settings, f"out={out}").stdout
+    assert "falling back" in said and newest.name in said and f"from step {int(older.stem[5:])} of" in said
+    assert_same_run(out, whole[0] / "whole")
+
+
+def test_a_complete_run_is_left_alone(whole):
+    folder, config, settings = whole
+    before = {p: p.stat().st_mtime_ns for p in (folder / "whole").rglob("*") if p.is_file()}
+    said = run(config, *settings, f"out={folder / 'whole'}").stdout
+    assert "complete" in said
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "whole").rglob("*") if p.is_file()}
+
+
+def test_checkpoints_kept(whole, tmp_path):
+    _, config, settings = whole
+    out = tmp_path / "kept"
+    run(config, *settings, f"out={out}", "checkpoint.every=4", "checkpoint.keep_every=5", "checkpoint.keep_last=3")
+    steps = sorted(int(p.stem[5:]) for p in (out / "checkpoints").iterdir())
+    assert steps == [20, 40, 52, 56, 60]
+    said = run(config, *settings, f"out={tmp_path / 'from40'}", f"resume={out / 'checkpoints' / 'step_000000040.pt'}")
+    assert "from step 40" in said.stdout
+    assert (tmp_path / "from40" / "encoder.safetensors").read_bytes() == (out / "encoder.safetensors").read_bytes()
