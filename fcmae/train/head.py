@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+
 import timm
 import torch
 
@@ -40,14 +44,15 @@ def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, sou
 
 def next_commands(config: Config, folder: RunFolder) -> str:
     """What a user may type next."""
+    on_path = shutil.which("python")
+    python = "python" if on_path and os.path.samefile(on_path, sys.executable) else os.path.relpath(sys.executable)
     name = config.model.name.removeprefix("fcmae_")
-    lines = [f"done: {folder.path}", "look:      " + f"{folder.path}/loss.png, {folder.pictures}/"]
+    lines = [f"done: {folder.path}", f"look:      {folder.path}/loss.png, {folder.pictures}/"]
     if config.log.tensorboard:
-        lines.append(f"           tensorboard --logdir {folder.path / 'tensorboard'}")
+        lines.append(f"           {python} -m tensorboard.main --logdir {folder.path / 'tensorboard'}")
     if timm.is_model(name) and config.model.depths is None and config.model.dims is None:
         arguments = f"'{name}', num_classes=0, in_chans={config.model.in_chans}, checkpoint_path='{folder.encoder}'"
-        lines.append(f'use it:    python -c "import timm; print(timm.create_model({arguments}).num_features)"')
-    lines.append(
-        f"your data: python -m fcmae.pretrain configs/pretrain/fcmae_{name}.yaml data.source=DIR out=runs/{name}"
-    )
+        lines.append(f'use it:    {python} -c "import timm; print(timm.create_model({arguments}).num_features)"')
+    recipe = f"configs/pretrain/fcmae_{name}.yaml data.source=DIR out=runs/{name}"
+    lines.append(f"your data: {python} -m fcmae.pretrain {recipe}")
     return "\n".join(lines)
