@@ -68,7 +68,7 @@ class DataConfig:
         None, "folder, .txt/.csv list, tar shards (file, glob, {000..015}), datasets folder, or: sample"
     )
     workers: int = _key(-1, "loader processes per rank; -1: one per core of this rank, 8 at most")
-    prefetch: int = _key(4, "batches each worker prepares ahead")
+    prefetch: int = _key(2, "batches each worker prepares ahead")
     pin_memory: bool = _key(True, "page-locked batches when training on CUDA")
     crop_scale: list[float] = _key([0.2, 1.0], "area range of the random resized crop")
     flip: float = _key(0.5, "probability of a horizontal flip")

@@ -10,12 +10,12 @@ import timm
 import torch
 from helpers import close
 from PIL import Image
-from runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
 from safetensors.torch import load_file
 
 from fcmae.convert import read_checkpoint
 from fcmae.models import create_model
 from fcmae.pretrain import main
+from runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
 
 
 @pytest.fixture(scope="module")

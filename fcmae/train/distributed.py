@@ -84,7 +84,8 @@ def start(device_name: str) -> World:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ or size == 1:
         return World(0, 1, device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
