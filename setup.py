@@ -7,6 +7,6 @@ setup(
     packages=[*find_packages(include=["fcmae", "fcmae.*"]), "fcmae.kernels", "fcmae.configs"],
     # A PyPI package is called `kernels`: ours must never be installed under that name.
     package_dir={"fcmae": "fcmae", "fcmae.kernels": "kernels", "fcmae.configs": "configs"},
-    package_data={"fcmae.configs": ["**/*.yaml"]},
+    package_data={"fcmae.configs": ["**/*.yaml"], "fcmae.kernels": ["csrc/*"]},
     include_package_data=False,
 )

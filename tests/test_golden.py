@@ -10,6 +10,7 @@ from fcmae import FCMAE
 from fcmae.convert import read_checkpoint
 from fcmae.layouts import official
 from fcmae.layouts import timm as timm_layout
+from fcmae.models.support import BACKENDS
 
 CASES = [("fcmae_b1_128px", "per_image"), ("fcmae_b1_128px", "batch"), ("fcmae_b3_96px", "batch")]
 
@@ -26,7 +27,7 @@ def load(name, tmp_path, **settings):
     return model, tensors, tensors["mask"].view(-1, side, side).bool()
 
 
-@pytest.mark.parametrize("backend", ["reference", "dense"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name,grn", CASES)
 def test_outputs_and_gradients(name, grn, backend, tmp_path):
     model, tensors, mask = load(name, tmp_path, grn=grn, backend=backend)

@@ -9,6 +9,7 @@ from fcmae import FCMAE, create_model
 from fcmae.kernels.tiles import Tiles
 from fcmae.layouts import timm as timm_layout
 from fcmae.models import CONVNEXTV2_SIZES
+from fcmae.models.support import BACKENDS
 
 SMALL = dict(depths=(1, 2, 1, 2), dims=(8, 12, 20, 24), decoder_dim=16)
 PARAMETERS_M = dict(atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, base=89, large=198, huge=660)
@@ -109,9 +110,10 @@ def test_a_drawn_mask_keeps_the_ratio():
     assert not torch.equal(mask[0], mask[1]) or not torch.equal(mask[1], mask[2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("given", ["nothing", "mask", "tables"])
-def test_whole_step_compiles_to_one_graph(given):
-    model = small(dtype=torch.float32)
+def test_whole_step_compiles_to_one_graph(given, backend):
+    model = small(backend, dtype=torch.float32)
     x, mask = images(2, 3, (128, 96), torch.float32), masks(2, (4, 3))
     argument = {"nothing": None, "mask": mask, "tables": Tiles.from_mask(mask, 4)}[given]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -42,7 +42,7 @@ def dense(x, weight, bias, t):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_is_conv2d_times_mask(shape):
     x, weight, bias, t = case(shape)
-    y = ops.tile_conv(x, weight, bias, *t)
+    y = ops.tile_conv(x, weight, bias, *t, False)
     close(unpack(y, t).permute(0, 3, 1, 2), dense(x, weight, bias, t), TOLERANCE[torch.float64])
 
 
@@ -50,7 +50,7 @@ def test_forward_is_conv2d_times_mask(shape):
 def test_gradients_are_those_of_conv2d_times_mask(shape):
     x, weight, bias, t = case(shape)
     grads = []
-    for compute in (lambda *a: unpack(ops.tile_conv(*a, *t), t).permute(0, 3, 1, 2), lambda *a: dense(*a, t)):
+    for compute in (lambda *a: unpack(ops.tile_conv(*a, *t, False), t).permute(0, 3, 1, 2), lambda *a: dense(*a, t)):
         leaves = [v.clone().requires_grad_() for v in (x, weight, bias)]
         y = compute(*leaves)
         noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
@@ -59,14 +59,15 @@ def test_gradients_are_those_of_conv2d_times_mask(shape):
         close(ours, theirs, TOLERANCE[torch.float64])
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_accumulates_in_fp32(dtype):
+def test_low_precision_accumulates_in_fp32(dtype, native):
     x, weight, bias, t = case((2, (4, 4), 6, 4, 8), dtype)
     exact = reference.tile_conv(x.double(), weight.double(), bias.double(), t)
-    y = ops.tile_conv(x, weight, bias, *t)
+    y = ops.tile_conv(x, weight, bias, *t, native)
     assert y.dtype == dtype
     close(y, exact, TOLERANCE[dtype])
-    grad_weight, grad_bias = ops.tile_conv_weight_grad(x, y, 7, *t)
+    grad_weight, grad_bias = ops.tile_conv_weight_grad(x, y, 7, *t, native)
     exact_weight, exact_bias = reference.tile_conv_weight_grad(x.double(), y.double(), 7, t)
     assert grad_weight.dtype == grad_bias.dtype == torch.float32
     close(grad_weight, exact_weight, TOLERANCE[torch.float32])
@@ -76,25 +77,27 @@ def test_low_precision_accumulates_in_fp32(dtype):
 def test_gradcheck_twice():
     x, weight, bias, t = case((2, (3, 2), 3, 2, 2))
     leaves = [v.requires_grad_() for v in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *a: ops.tile_conv(*a, *t), leaves)
-    assert torch.autograd.gradgradcheck(lambda *a: ops.tile_conv(*a, *t), leaves)
+    assert torch.autograd.gradcheck(lambda *a: ops.tile_conv(*a, *t, False), leaves)
+    assert torch.autograd.gradgradcheck(lambda *a: ops.tile_conv(*a, *t, False), leaves)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
+def test_opcheck(dtype, native):
     x, weight, bias, t = case((2, (3, 3), 4, 4, 5), dtype)
     for b in (bias, None):
-        args = (x.clone().requires_grad_(), weight.clone().requires_grad_(), b, *t)
+        args = (x.clone().requires_grad_(), weight.clone().requires_grad_(), b, *t, native)
         torch.library.opcheck(torch.ops.fcmae.tile_conv.default, args)
-    args = (x.clone().requires_grad_(), x.clone().requires_grad_(), 7, *t)
+    args = (x.clone().requires_grad_(), x.clone().requires_grad_(), 7, *t, native)
     torch.library.opcheck(torch.ops.fcmae.tile_conv_weight_grad.default, args)
 
 
-def test_weight_gradient_repeats_bit_for_bit():
+@pytest.mark.parametrize("native", [False, True])
+def test_weight_gradient_repeats_bit_for_bit(native):
     x, _, _, t = case((4, (7, 7), 19, 8, 16), torch.float32)
-    first = ops.tile_conv_weight_grad(x, x, 7, *t)
+    first = ops.tile_conv_weight_grad(x, x, 7, *t, native)
     for _ in range(3):
-        for a, b in zip(first, ops.tile_conv_weight_grad(x, x, 7, *t), strict=True):
+        for a, b in zip(first, ops.tile_conv_weight_grad(x, x, 7, *t, native), strict=True):
             assert torch.equal(a, b)
 
 

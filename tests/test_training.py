@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fcmae.convert import read_checkpoint
 from fcmae.models import create_model
+from fcmae.models.support import BACKENDS
 from fcmae.pretrain import main
 from runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
 
@@ -98,7 +99,7 @@ def test_the_loss_falls_and_matches_the_schedule(place, tmp_path):
         assert math.isclose(row["epoch"], row["step"] / 5) and row["images"] == 8 * row["step"]
 
 
-@pytest.mark.parametrize("backend", ["reference", "dense"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_train_alike(place, single, tmp_path, backend):
     train(place, tmp_path / backend, f"sparse.backend={backend}")
     assert_follows(tmp_path / backend, single)

@@ -8,6 +8,8 @@ never asks. Feature layouts are channels-last: `DenseSupport` and `MaskedSupport
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,16 +60,16 @@ class MaskedSupport(DenseSupport):
 
 
 class TileSupport:
-    """Only the visible tiles exist, packed one after another."""
+    """Only the visible tiles exist, packed one after another. native: the device's own kernels, where it has some."""
 
-    def __init__(self, tiles: Tiles):
-        self.tiles = tiles
+    def __init__(self, tiles: Tiles, native: bool):
+        self.tiles, self.native = tiles, native
 
     def image(self, images: Tensor) -> Tensor:
         return pack(images.permute(0, 2, 3, 1), self.tiles)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ops.tile_conv(x, weight, bias, *self.tiles)
+        return ops.tile_conv(x, weight, bias, *self.tiles, self.native)
 
     def visible(self, x: Tensor) -> Tensor:
         return x
@@ -79,13 +81,17 @@ class TileSupport:
 Support = DenseSupport | TileSupport
 
 # What `sparse.backend` may name: how the encoder runs on a masked image.
-BACKENDS = {"reference": TileSupport, "dense": MaskedSupport}
+BACKENDS = {
+    "native": partial(TileSupport, native=True),
+    "reference": partial(TileSupport, native=False),
+    "dense": MaskedSupport,
+}
 
 
 def resolve_backend(name: str) -> str:
     """The backend that `auto` stands for, or `name` itself. Raises UsageError for an unknown one."""
     if name == "auto":
-        return "reference"
+        return "native"
     if name not in BACKENDS:
         known = ("auto", *BACKENDS)
         raise UsageError(f"unknown sparse.backend {name!r}; known: {', '.join(known)}{nearest(name, known)}")

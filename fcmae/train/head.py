@@ -11,6 +11,7 @@ import torch
 
 import fcmae
 from fcmae.config import Config
+from fcmae.kernels import backends
 from fcmae.masking import grid_size, keep_count
 from fcmae.train.distributed import World
 from fcmae.train.run_folder import RunFolder
@@ -25,11 +26,12 @@ def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, sou
     h, w = model.image_size
     gh, gw = grid_size(model.image_size, model.mask_unit)
     keep = keep_count(gh * gw, model.mask_ratio)
+    native = f": {backends()[world.device.type]}" if model.backend == "native" else ""
     images = f"{schedule.dataset_size:,} images"
     rows = {
         "fcmae": f"{fcmae.__version__}, torch {torch.__version__}",
         "device": f"{device} x {world.size}, {config.train.precision}{', compiled' if config.train.compile else ''}",
-        "backend": f"{model.backend} (asked for: {config.sparse.backend}), GRN {config.sparse.grn}",
+        "backend": f"{model.backend}{native}, GRN {config.sparse.grn}",
         "model": f"{config.model.name}, {whole:.1f} M parameters of which the encoder {encoder:.1f} M",
         "data": f"{config.data.source}: {images} as {config.model.in_chans} x {h} x {w}",
         "mask": f"{config.mask.strategy} {config.mask.ratio:g}: {keep} of {gh} x {gw} = {gh * gw} regions stay visible",
