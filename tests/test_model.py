@@ -9,7 +9,8 @@ from fcmae import FCMAE, create_model
 from fcmae.kernels.tiles import Tiles
 from fcmae.layouts import timm as timm_layout
 from fcmae.models import CONVNEXTV2_SIZES
-from fcmae.models.support import BACKENDS
+from fcmae.models.layers import GRN
+from fcmae.models.support import BACKENDS, DenseSupport
 
 SMALL = dict(depths=(1, 2, 1, 2), dims=(8, 12, 20, 24), decoder_dim=16)
 PARAMETERS_M = dict(atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, base=89, large=198, huge=660)
@@ -189,3 +190,18 @@ def test_refused_masks():
 def test_unknown_model_lists_near_ones():
     with pytest.raises(ValueError, match="fcmae_convnextv2_atto"):
         create_model("convnextv2_ato")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grn_by_definition_and_where_a_channel_is_zero(dtype):
+    x = torch.randn(2, 5, 4, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    x[..., 2] = 0
+    x.requires_grad_()
+    grn = GRN(6).to(dtype)
+    torch.nn.init.ones_(grn.weight)
+    norm = x.detach().double().flatten(1, 2).norm(dim=1)[:, None, None]
+    expected = x.detach().double() * (1 + norm / (norm.mean(-1, keepdim=True) + 1e-6))
+    y = grn(x, DenseSupport())
+    close(y, expected, TOLERANCE[dtype])
+    y.sum().backward()
+    assert torch.isfinite(x.grad).all() and torch.isfinite(grn.weight.grad).all()
