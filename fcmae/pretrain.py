@@ -98,27 +98,25 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     if world.size > 1:
         forward = DistributedDataParallel(forward)
 
-    def save() -> None:
-        if world.is_main:
-            log.metrics.sync()
-            every, keep = config.checkpoint.every, config.checkpoint.keep_every
-            payload = state.payload(config, len(dataset))
-            checkpoint.save(folder.checkpoints, payload, config.checkpoint.keep_last, keep and keep * every)
-        world.barrier()
+    def write_checkpoint() -> None:
+        log.metrics.sync()
+        every, keep = config.checkpoint.every, config.checkpoint.keep_every
+        payload = state.payload(config, len(dataset))
+        checkpoint.save(folder.checkpoints, payload, config.checkpoint.keep_last, keep and keep * every)
 
     def picture() -> None:
         if world.is_main and config.log.images:
             draw_reconstructions(config, state, dataset, folder, log, world.device)
 
-    hooks = loop.Hooks(save, picture, dataset.source.name)
+    hooks = loop.Hooks(lambda: world.on_main(write_checkpoint), picture, dataset.source.name)
     ended_by = loop.train(state, forward, loader, schedule, config, world, log, hooks)
     log.close()
     if ended_by:
         log.say(f"signal {ended_by}: saved at step {state.progress.step}; the same command goes on from there")
         return 128 + ended_by
     if world.is_main:
-        folder.export_encoder(model)
         pictures.loss_curve(folder.metrics, folder.path / "loss.png", f"{config.model.name}: {config.data.source}")
+        folder.export_encoder(model)  # last: its presence tells that the run is complete
         print(next_commands(config, folder))
     return 0
 

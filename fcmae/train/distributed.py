@@ -35,11 +35,6 @@ class World:
             values /= self.size
         return values
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.size > 1:
-            dist.barrier()
-
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on every rank. A UsageError there is raised on all, so that none waits."""
         outcome: list = [None, None]
