@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from helpers import TOLERANCE, close, tiles
 
 from fcmae.kernels import backends, cpu, reference
+from helpers import TOLERANCE, close, tiles
 
 RUNS = {"avx512": "AVX512", "avx2": "AVX2", "portable": ""}
 CAPABILITY = torch.backends.cpu.get_cpu_capability()

@@ -109,8 +109,7 @@ def flat(*streams):
 def test_ranks_and_accumulation_share_out_the_single_process_stream(batch, accum, world):
     whole = flat(SampleStream(17, 5, 12, end_step=9))
     ranks = [
-        SampleStream(17, 5, batch, accum_steps=accum, rank=rank, world_size=world, end_step=9)
-        for rank in range(world)
+        SampleStream(17, 5, batch, accum_steps=accum, rank=rank, world_size=world, end_step=9) for rank in range(world)
     ]
     assert flat(*ranks) == whole
     assert all(len(list(rank)) == len(rank) == 9 * accum for rank in ranks)

@@ -3,7 +3,6 @@
 import pytest
 import timm
 import torch
-from helpers import close, golden, section
 from safetensors.torch import save_file
 
 from fcmae import FCMAE
@@ -11,6 +10,7 @@ from fcmae.convert import read_checkpoint
 from fcmae.layouts import official
 from fcmae.layouts import timm as timm_layout
 from fcmae.models.support import BACKENDS
+from helpers import close, golden, section
 
 CASES = [("fcmae_b1_128px", "per_image"), ("fcmae_b1_128px", "batch"), ("fcmae_b3_96px", "batch")]
 

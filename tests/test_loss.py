@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import close, masks
 
 from fcmae.loss import masked_pixel_loss, patchify, unpatchify
+from helpers import close, masks
 
 
 def by_hand(pred, images, mask, patch, norm_window):

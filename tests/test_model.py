@@ -3,7 +3,6 @@
 import pytest
 import timm
 import torch
-from helpers import TOLERANCE, close, masks, shake
 
 from fcmae import FCMAE, create_model
 from fcmae.kernels.tiles import Tiles
@@ -11,6 +10,7 @@ from fcmae.layouts import timm as timm_layout
 from fcmae.models import CONVNEXTV2_SIZES
 from fcmae.models.layers import GRN
 from fcmae.models.support import BACKENDS, DenseSupport
+from helpers import TOLERANCE, close, masks, shake
 
 SMALL = dict(depths=(1, 2, 1, 2), dims=(8, 12, 20, 24), decoder_dim=16)
 PARAMETERS_M = dict(atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, base=89, large=198, huge=660)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOLERANCE, close, tiles
 
 from fcmae.kernels import ops, reference
 from fcmae.kernels.tiles import pack, unpack
+from helpers import TOLERANCE, close, tiles
 
 SHAPES = [  # batch, grid, keep, t, channels
     (2, (3, 3), 4, 8, 5),

@@ -16,9 +16,7 @@ SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", 
 
 
 def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from runs import CONFIG, make_pictures, run
 
 from fcmae.pretrain import main
+from small_runs import CONFIG, make_pictures, run
 
 
 @pytest.fixture(scope="module")

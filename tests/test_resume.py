@@ -6,7 +6,8 @@ import subprocess
 import time
 
 import pytest
-from runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
+
+from small_runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
 
 
 @pytest.fixture(scope="module")

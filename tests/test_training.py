@@ -8,7 +8,6 @@ import pytest
 import tifffile
 import timm
 import torch
-from helpers import close
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -16,7 +15,8 @@ from fcmae.convert import read_checkpoint
 from fcmae.models import create_model
 from fcmae.models.support import BACKENDS
 from fcmae.pretrain import main
-from runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
+from helpers import close
+from small_runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
 
 
 @pytest.fixture(scope="module")
