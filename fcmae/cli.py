@@ -23,7 +23,7 @@ def run_command(command: str, schema: type, run: Callable[..., int], argv: list[
         if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
             raise UsageError(f"name a config file first: python -m {command} CONFIG.yaml [key=value ...], or --help")
         return run(settings.load(schema, arguments[0], arguments[1:]))
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # OSError: a full disk, a file that cannot be read
         rank = os.environ.get("RANK")
         print(f"{command}: error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr)
         return 2

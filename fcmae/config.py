@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fcmae.errors import UsageError, nearest
+from fcmae.files import write_whole
 
 C = TypeVar("C")
 
@@ -24,13 +24,8 @@ def _key(default: Any, text: str, type: str | None = None) -> Any:
     """A setting: its default, its one line in --help, and how its type reads there where the annotation is too wide."""
     meta = {"help": text, "type": type}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type_copy(default), metadata=meta)
+        return field(default_factory=default.copy, metadata=meta)
     return field(default=default, metadata=meta)
-
-
-def type_copy(value: Any) -> Any:
-    """A fresh copy of a mutable default."""
-    return value.copy()
 
 
 @dataclass
@@ -117,7 +112,7 @@ class Config:
     """Everything `python -m fcmae.pretrain` can be told."""
 
     out: str | None = _key(None, "run folder; a run that stopped there goes on from its newest whole checkpoint")
-    resume: str | None = _key(None, "a checkpoint to start from instead of the newest in `out`")
+    resume: str | None = _key(None, "a checkpoint to start from while `out` has none of its own")
     seed: int = _key(0, "of the initial weights, crops, flips, masks and order")
     device: str = _key("auto", "auto, cpu, cuda, cuda:N or mps")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -138,6 +133,12 @@ FREE_KEYS = (
     "log.print_every", "log.tensorboard", "log.images", "log.images_every",
 )  # fmt: skip
 
+# What a run branched off another one's checkpoint (resume=FILE out=NEW) may change besides.
+BRANCH_KEYS = (
+    *FREE_KEYS, "data.source", "train.epochs", "train.steps", "train.base_lr", "train.lr", "train.min_lr",
+    "train.warmup_epochs", "train.clip_grad", "log.every",
+)  # fmt: skip
+
 
 def load(schema: type[C], path: str | Path, overrides: list[str]) -> C:
     """`schema()` with the YAML file at `path` and then `key=value` overrides merged in, types checked.
@@ -145,7 +146,7 @@ def load(schema: type[C], path: str | Path, overrides: list[str]) -> C:
     Raises UsageError naming the file or override at fault, and the nearest key for an unknown one.
     """
     merged = OmegaConf.structured(schema)
-    for where, layer in [(str(path), _read_yaml(path)), *((o, _read_override(o)) for o in overrides)]:
+    for where, layer in [(str(path), _read_yaml(path)), *((o, _read_override(schema, o)) for o in overrides)]:
         for key in _flatten(layer):
             _check_known(schema, key, where)
         try:
@@ -168,13 +169,8 @@ def to_dict(config: Any) -> dict:
 
 def write_yaml(config: Any, path: Path) -> None:
     """Write the configuration as YAML; the file appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def differences(old: dict, new: dict, free: tuple[str, ...] = ()) -> list[str]:
@@ -240,10 +236,12 @@ def _read_yaml(path: str | Path) -> Any:
     return layer
 
 
-def _read_override(text: str) -> Any:
-    key, separator, _ = text.partition("=")
+def _read_override(schema: type, text: str) -> Any:
+    key, separator, value = text.partition("=")
     if not separator or not key:
         raise UsageError(f"{text!r} is not of the form key=value")
+    if describe(schema).get(key, ("",))[0].startswith("str") and value != "null":
+        text = f"{key}={json.dumps(value)}"  # a folder may be called 007 or *.tar: YAML would see a number, an alias
     try:
         return OmegaConf.from_dotlist([text])
     except (YAMLError, OmegaConfBaseException) as error:

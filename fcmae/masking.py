@@ -37,7 +37,7 @@ def grid_size(image_size: tuple[int, int], unit: int) -> tuple[int, int]:
     """Regions (gh, gw) of an image of (H, W) pixels. Raises UsageError naming the nearest two sizes that fit."""
     for name, size in zip(("height", "width"), image_size, strict=True):
         if size < unit or size % unit:
-            below, above = size // unit * unit, (size // unit + 1) * unit
+            below, above = max(0, size // unit * unit), max(1, size // unit + 1) * unit
             near = f"the nearest are {below} and {above}" if below else f"the smallest is {above}"
             raise UsageError(f"image {name} {size} is not a multiple of the mask unit {unit}; {near}")
     return image_size[0] // unit, image_size[1] // unit

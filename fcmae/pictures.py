@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fcmae.files import write_whole
+from fcmae.kernels.tiles import Tiles
 from fcmae.loss import spread, unpatchify, window_stats
 
 TRUE_STATISTICS = "un-normalized with the true mean and std of each patch"
 
 
 @torch.no_grad()
-def reconstruct(model: torch.nn.Module, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruct(model: torch.nn.Module, images: Tensor, mask: Tensor | Tiles) -> tuple[Tensor, Tensor]:
     """The masked image and the reconstruction with the visible regions pasted in, each (B, C, H, W) float32.
 
     images: (B, C, H, W) as the model takes them. mask: (B, gh, gw) bool, True = masked; hidden pixels of the masked
@@ -55,7 +57,7 @@ def reconstruction_sheet(
             axes[i, j].set_axis_off()
         axes[0, j].set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
 def loss_curve(metrics: Path, path: Path, title: str) -> None:
@@ -76,7 +78,7 @@ def loss_curve(metrics: Path, path: Path, title: str) -> None:
     rate.set_ylabel("learning rate")
     ax.set_title(title, fontsize=9)
     ax.legend(*(a + b for a, b in zip(ax.get_legend_handles_labels(), rate.get_legend_handles_labels(), strict=True)))
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
 def _figure(nrows: int, ncols: int, cell: float):

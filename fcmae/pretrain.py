@@ -50,8 +50,9 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     if world.device.type == "cuda":
         # A resumed run must repeat the uninterrupted one bit for bit.
         torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     model = build_model(config)
-    dataset = build_dataset(config, model.mask_unit)
+    dataset = world.main_first(lambda: build_dataset(config, model.mask_unit))
     schedule = make_schedule(config.train, len(dataset), world.size)
     config.train.accum_steps, config.train.effective_batch = schedule.accum_steps, schedule.effective_batch
 
@@ -65,19 +66,25 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     # A run that stopped in this folder goes on; nothing is written before everything has been checked.
     folder = RunFolder(Path(config.out))
     world.on_main(lambda: folder.check(config))
-    payload, complaints = folder.find_checkpoint(config.resume)
-    if payload is not None:
-        state.restore(payload, str(config.resume or folder.path), config, len(dataset))
-        del payload
+    found, warnings = world.on_main(lambda: folder.find_checkpoint(config.resume))
+    if found is not None:
+        state.restore(checkpoint.read(found), str(found), config, len(dataset))
     start = state.progress.step
+    if start > schedule.steps:
+        raise UsageError(
+            f"{found} is at step {start}, beyond this run's {schedule.steps}; raise train.epochs or train.steps"
+        )
     if start == schedule.steps and folder.encoder.is_file():
         if world.is_main:
             print(f"{folder.path} is complete at step {start}; out=... starts another run")
         return 0
-    world.on_main(lambda: folder.claim(config))
+    forward = compiled(model, world.device) if config.train.compile else model
+    held: list = []  # the folder's lock, until this function ends
+    world.on_main(lambda: held.append(folder.claim(config)))
+    if world.is_main:
+        print(describe_run(config, model, schedule, world), flush=True)
     log = Log(folder, config.log, start, schedule.steps, schedule.effective_batch, world.is_main)
-    log.say(describe_run(config, model, schedule, dataset.source, world))
-    for line in complaints:
+    for line in warnings:
         log.say(f"warning: {line}")
     if start:
         log.say(f"going on from step {start} of {schedule.steps}")
@@ -94,7 +101,6 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     )
     pin = config.data.pin_memory and world.device.type == "cuda"
     loader = make_loader(dataset, stream, worker_count(config.data.workers), config.data.prefetch, pin_memory=pin)
-    forward = compiled(model, world.device) if config.train.compile else model
     if world.size > 1:
         forward = DistributedDataParallel(forward)
 
@@ -109,8 +115,10 @@ def _pretrain(config: Config, world: distributed.World) -> int:
             draw_reconstructions(config, state, dataset, folder, log, world.device)
 
     hooks = loop.Hooks(lambda: world.on_main(write_checkpoint), picture, dataset.source.name)
-    ended_by = loop.train(state, forward, loader, schedule, config, world, log, hooks)
-    log.close()
+    try:
+        ended_by = loop.train(state, forward, loader, schedule, config, world, log, hooks)
+    finally:
+        log.close()
     if ended_by:
         log.say(f"signal {ended_by}: saved at step {state.progress.step}; the same command goes on from there")
         return 128 + ended_by
@@ -154,12 +162,14 @@ def build_dataset(config: Config, mask_unit: int) -> MaskedImages:
         mean=d.mean,
         std=d.std,
     )
-    return MaskedImages(
+    dataset = MaskedImages(
         open_source(d.source, config.model.in_chans),
         transform,
         config.seed,
         draw=partial(draw_mask, grid=grid, mask_ratio=config.mask.ratio, strategy=config.mask.strategy),
     )
+    dataset[(0, 0)]  # a source of which nothing can be read is refused now, not in the middle of a run
+    return dataset
 
 
 def image_size(config: Config) -> tuple[int, int]:
@@ -194,9 +204,9 @@ def draw_reconstructions(config, state: TrainState, dataset, folder: RunFolder, 
     step = state.progress.step
     items = [dataset[(0, i)] for i in range(min(config.log.images, len(dataset)))]
     images = torch.stack([item["image"] for item in items]).to(device)
-    mask = torch.stack([item["mask"] for item in items]).to(device)
+    tiles = loop.tiles_of(torch.stack([item["mask"] for item in items])).to(device)
     with optim.autocast(device, config.train.precision):
-        masked, filled = pictures.reconstruct(state.model, images, mask)
+        masked, filled = pictures.reconstruct(state.model, images, tiles)
     label = f"step {step}; visible regions pasted in"
     if config.loss.norm_pix:
         label += f"; {pictures.TRUE_STATISTICS}"

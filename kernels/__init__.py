@@ -7,16 +7,16 @@ if __name__ == "kernels":
     )
 
 
-def backends() -> dict[str, str]:
-    """What the `native` backend runs on each kind of device, such as {"cpu": "C++, avx2", …}.
-
-    The first call may compile the CPU kernels.
-    """
+def active(device_type: str) -> str:
+    """What the `native` backend runs on a kind of device, such as "C++, avx2"; may compile the CPU kernels."""
+    if device_type != "cpu":
+        return f"PyTorch reference (no {device_type} kernels in this version)"
     from fcmae.kernels import cpu
 
     kernels, what = cpu.library()
-    return {
-        "cpu": what if kernels else f"PyTorch reference ({what})",
-        "cuda": "PyTorch reference (no GPU kernels in this version)",
-        "mps": "PyTorch reference (no MPS kernels)",
-    }
+    return what if kernels else f"PyTorch reference ({what})"
+
+
+def backends() -> dict[str, str]:
+    """`active` for every kind of device: a fallback is never silent."""
+    return {device_type: active(device_type) for device_type in ("cpu", "cuda", "mps")}

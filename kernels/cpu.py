@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     try:
         return ctypes.CDLL(str(_build(name, compiler))), f"C++, {name}"
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return None, f"the C++ kernels were not built: {_reason(error)}"
 
 
@@ -63,7 +64,7 @@ def _build(name: str, compiler: str | None) -> Path:
     """
     flags, vector_bytes = INSTRUCTION_SETS[name]
     command = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *flags, f"-DFCMAE_BYTES={vector_bytes}"]
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode() + os.uname().machine.encode()).hexdigest()
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode() + platform.machine().encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae"
     path = cache / f"kernels-{name}-{key[:16]}.so"
     if path.exists():
@@ -93,6 +94,7 @@ def supports(x: Tensor, kernel_size: int) -> bool:
         and kernel_size == 7
         and x.shape[2] == x.shape[3]
         and x.shape[2] in TILE_SIZES
+        and x.numel() > 0
         and library()[0] is not None
     )
 

@@ -56,6 +56,12 @@ CASES = [  # override, words of the message
     ("device=cuda:7", ["cuda:7", "not there"]),
     ("device=gpu", ["gpu", "auto, cpu, cuda"]),
     ("train.batch_size=13", ["batch of 13", "dataset of 12"]),
+    ("train.effective_batch=16", ["batch of 16", "lower train.effective_batch"]),
+    ("train.effective_batch=8 train.accum_steps=3", ["train.accum_steps=3", "disagree"]),
+    ("train.epochs=.inf train.steps=null", ["train.epochs=inf", "finite"]),
+    ("data.source=sample model.in_chans=13", ["32 images in a row", "in_chans=13"]),
+    ("mask.ratio=1.0e-17", ["masks none of the 4 regions"]),
+    ("model.image_size=-32", ["smallest is 32"]),
     ("train.accum_steps=2", ["batch of 16", "dataset of 12"]),
     ("train.effective_batch=12", ["effective_batch=12", "8 x 1"]),
     ("train.warmup_epochs=9", ["warmup_epochs=9"]),
@@ -117,8 +123,11 @@ def test_resume_from_what_is_no_checkpoint_of_this_run(place, tmp_path, capsys, 
     def resumed(path, *more):
         return refused(capsys, place / "config.yaml", source, f"out={tmp_path / 'second'}", f"resume={path}", *more)
 
+    assert "another run (train.weight_decay: 0.05 -> 0.1)" in resumed(checkpoint, "train.weight_decay=0.1")
+    assert "another run (train.precision: fp32 -> fp16)" in resumed(checkpoint, "train.precision=fp16")
+    assert "at step 2, beyond this run's 1" in resumed(checkpoint, "train.steps=1", "train.warmup_epochs=0")
     error = resumed(checkpoint, "model.dims=[8,12,16,32]")
-    assert "another model (dims: [8, 12, 16, 24] -> [8, 12, 16, 32])" in error
+    assert "another model (model.dims: [8, 12, 16, 24] -> [8, 12, 16, 32])" in error
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:-500])
     assert "not a whole checkpoint" in resumed(tmp_path / "cut.pt")
     torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "foreign.pt")

@@ -1,12 +1,16 @@
 """Killed at any instant, a run resumes to the same weights and metrics, bit for bit."""
 
+import errno
 import random
 import signal
 import subprocess
 import time
 
 import pytest
+import torch
 
+from fcmae.files import write_whole
+from fcmae.train import checkpoint
 from small_runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
 
 
@@ -61,7 +65,7 @@ def test_another_number_of_workers_changes_nothing(whole, tmp_path):
     assert_same_run(tmp_path / "workers", whole[0] / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_before_leaving(whole, tmp_path, number):
     _, config, settings = whole
     out = tmp_path / "signalled"
@@ -102,6 +106,72 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, tmp_pat
     assert_same_run(out, whole[0] / "whole")
 
 
+def test_a_damaged_later_checkpoint_never_crowds_out_a_good_one(tmp_path):
+    payload = lambda step: {"step": step, "model": {"w": torch.full((50,), float(step))}}  # noqa: E731
+    for step in (12, 15, 18):
+        checkpoint.save(tmp_path, payload(step), keep_last=2, keep_multiple=None)
+    newest = checkpoint.path_of(tmp_path, 18)
+    newest.write_bytes(newest.read_bytes()[:-40])
+    assert checkpoint.find_newest(tmp_path)[0] == checkpoint.path_of(tmp_path, 15)
+    checkpoint.save(tmp_path, payload(17), keep_last=1, keep_multiple=None)
+    assert checkpoint.steps_in(tmp_path) == [17]
+    checkpoint.path_of(tmp_path, 17).write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 checkpoints .* can be read .*step_000000017.pt"):
+        checkpoint.find_newest(tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    whole_file = checkpoint.save(tmp_path, {"step": 1}, keep_last=1, keep_multiple=None)
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ValueError, match="No space left on device"):
+        write_whole(whole_file, fail)
+    assert checkpoint.read(whole_file)["step"] == 1 and list(tmp_path.iterdir()) == [whole_file]
+
+
+def test_killed_while_claiming_its_folder_a_run_can_still_claim_it(whole, tmp_path):
+    _, config, settings = whole
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()
+    (tmp_path / "out" / ".config.yaml.part").write_text("half")
+    run(config, *settings, f"out={tmp_path / 'out'}", "train.steps=5", "train.warmup_epochs=0")
+    assert len(metrics(tmp_path / "out")) == 5
+
+
+@pytest.mark.slow
+def test_one_process_a_folder(whole, tmp_path):
+    _, config, settings = whole
+    arguments = command(config, *settings, f"out={tmp_path / 'out'}", "train.steps=4000", "data.workers=1")
+    first = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if line.startswith("step 5/"):
+            break
+    second = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=60)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2 and "another process is running in" in second.stderr
+    # the lock went with the process, though its loader workers may live a moment longer
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("step ") for line in process.stdout)
+    process.kill()
+    process.communicate()
+
+
+def test_pictures_come_each_epoch_and_an_unused_resume_is_said(whole, tmp_path):
+    folder, config, settings = whole
+    out = tmp_path / "out"
+    short = [*settings, f"out={out}", "train.steps=5", "train.warmup_epochs=0"]
+    run(config, *short, "log.images=2", "log.images_every=0.4")
+    assert sorted(p.stem for p in (out / "reconstructions").iterdir()) == [f"step_{s:09d}" for s in (2, 4, 5)]
+    (out / "encoder.safetensors").unlink()
+    other = folder / "whole" / "checkpoints" / "step_000000060.pt"
+    said = run(config, *short, f"resume={other}").stdout
+    assert "is not used" in said and "step_000000005.pt" in said
+
+
 def test_a_complete_run_is_left_alone(whole):
     folder, config, settings = whole
     before = {p: p.stat().st_mtime_ns for p in (folder / "whole").rglob("*") if p.is_file()}
@@ -110,6 +180,7 @@ def test_a_complete_run_is_left_alone(whole):
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "whole").rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_checkpoints_kept(whole, tmp_path):
     _, config, settings = whole
     out = tmp_path / "kept"

@@ -15,6 +15,7 @@ from fcmae.convert import read_checkpoint
 from fcmae.models import create_model
 from fcmae.models.support import BACKENDS
 from fcmae.pretrain import main
+from fcmae.train import optim
 from helpers import close
 from small_runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
 
@@ -59,6 +60,7 @@ def test_two_ranks_follow_one_process(place, single, tmp_path):
     assert_follows(tmp_path / "two", single)
 
 
+@pytest.mark.slow
 def test_two_ranks_accumulating_follow_one_process(place, single, tmp_path):
     settings = ["train.batch_size=2", "train.effective_batch=8"]
     run(place / "config.yaml", f"data.source={place / 'pictures'}", f"out={tmp_path / 'a'}", *settings, processes=2)
@@ -70,6 +72,7 @@ def test_accumulation_follows_the_whole_batch(place, single, tmp_path):
     assert_follows(tmp_path / "accumulated", single)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_saves(place, tmp_path):
     settings = [f"data.source={place / 'pictures'}", f"out={tmp_path / 'run'}", "train.batch_size=4"]
     process = subprocess.Popen(
@@ -105,9 +108,17 @@ def test_backends_train_alike(place, single, tmp_path, backend):
     assert_follows(tmp_path / backend, single)
 
 
-def test_clipping_bounds_the_update(place, tmp_path):
-    """With plain sums instead of Adam's the bound could be read off; here the norm is logged before clipping and the
-    clipped run still differs from the free one."""
+def test_clipping_scales_a_long_gradient_and_leaves_a_short_one():
+    model = torch.nn.Linear(3, 2)
+    for largest, expected in ((1.0, 1.0), (100.0, 10.0), (None, 10.0)):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 10 / 8**0.5)
+        norm = optim.grad_norm(model)
+        optim.clip(model, largest, norm)
+        assert norm.item() == pytest.approx(10) and optim.grad_norm(model).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_clipping_is_applied(place, tmp_path):
     train(place, tmp_path / "free")
     train(place, tmp_path / "clipped", "train.clip_grad=1e-9")
     free, clipped = metrics(tmp_path / "free"), metrics(tmp_path / "clipped")

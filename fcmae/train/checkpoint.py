@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or absent: written aside, synced, renamed; every byte checked when read."""
+"""Checkpoints that are whole or absent, every byte checked when read."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from fcmae.convert import check_archive, load_tensors
 from fcmae.errors import UsageError
+from fcmae.files import write_whole
 
 FORMAT = "fcmae-checkpoint-1"
 _NAME = re.compile(r"step_(\d{9})\.pt")
@@ -26,37 +26,21 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def write_whole(path: Path, write) -> None:
-    """Call `write(file)` on a temporary file beside `path`, sync it and rename it onto `path`; remove it on failure.
-
-    Raises UsageError with the system's reason (a full disk, say) when it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    # torch reports a failing file object as RuntimeError
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UsageError(
-            f"could not write {path}: {str(error).splitlines()[0]}; earlier checkpoints are intact"
-        ) from error
-
-
 def save(folder: Path, payload: dict, keep_last: int, keep_multiple: int | None) -> Path:
     """Write `payload` (tensors and plain data, with its "step") and drop old checkpoints.
 
-    The newest `keep_last` stay, and every one whose step is a multiple of `keep_multiple`.
+    The newest `keep_last` stay, and every one whose step is a multiple of `keep_multiple`. Files of later steps go: the
+    run came back to this step because they could not be read.
     """
-    path = path_of(folder, payload["step"])
+    step = payload["step"]
+    path = path_of(folder, step)
     write_whole(path, lambda file: torch.save({"format": FORMAT, **payload}, file))
-    for step in steps_in(folder)[:-keep_last]:
-        if keep_multiple is None or step % keep_multiple:
-            path_of(folder, step).unlink(missing_ok=True)
+    kept = [s for s in steps_in(folder) if s <= step]
+    newest = set(kept[-keep_last:])
+    for other in steps_in(folder):
+        multiple = keep_multiple is not None and other % keep_multiple == 0
+        if other > step or (other not in newest and not multiple):
+            path_of(folder, other).unlink(missing_ok=True)
     return path
 
 
@@ -69,27 +53,21 @@ def read(path: Path) -> dict:
     return payload
 
 
-def read_newest(folder: Path) -> tuple[dict | None, list[str]]:
-    """The newest whole checkpoint of a folder (None without any) and one line for each newer one that was unreadable.
+def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a folder (None without any) and why each newer one was passed over.
 
     Raises UsageError when there are checkpoints and none is whole.
     """
-    complaints: list[str] = []
+    unreadable: list[str] = []
     for step in reversed(steps_in(folder)):
         try:
-            return read(path_of(folder, step)), complaints
+            read(path_of(folder, step))
+            return path_of(folder, step), unreadable
         except UsageError as error:
-            complaints.append(f"{error}; falling back to the checkpoint before")
-    if complaints:
+            unreadable.append(str(error))
+    if unreadable:
         raise UsageError(
-            f"none of the {len(complaints)} checkpoints in {folder} is readable; the newest: {complaints[0]}"
+            f"none of the {len(unreadable)} checkpoints in {folder} can be read (the newest: {unreadable[0]}); "
+            f"restore one, or start anew with another out=..."
         )
-    return None, complaints
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return None, unreadable

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import Any
+
+from fcmae import config as settings
 from fcmae.config import Config
 from fcmae.errors import UsageError
 from fcmae.masking import STRATEGIES
@@ -53,9 +58,16 @@ def check(config: Config) -> None:
         (log.images >= 0, "log.images", "0 or more"),
         (log.images_every > 0, "log.images_every", "more than 0"),
     ]  # fmt: skip
+    for key in settings.describe(Config):
+        values = _value(config, key)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{key}={value} will not do: it must be a finite number")
     for holds, key, wanted in rules:
         if not holds:
-            value = config
-            for part in key.split("."):
-                value = getattr(value, part)
+            value = _value(config, key)
             raise UsageError(f"{key}={'null' if value is None else value} will not do: it must be {wanted}")
+
+
+def _value(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)

@@ -41,7 +41,7 @@ class World:
         if self.is_main:
             try:
                 outcome[0] = work()
-            except UsageError as error:
+            except (UsageError, OSError) as error:
                 outcome[1] = str(error)
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
@@ -49,15 +49,24 @@ class World:
             raise UsageError(outcome[1])
         return outcome[0]
 
+    def main_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on every rank, done by rank 0 before the others, which then find its caches."""
+        made: list[T] = []
+        self.on_main(lambda: made.append(work()))
+        return made[0] if made else work()
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
+
+def pick_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
     """The device `auto`, `cpu`, `cuda`, `cuda:N` or `mps` stands for. Raises UsageError if this machine has none."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and world_size == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device={name!r} is not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if world_size > 1 and (device.type == "mps" or device.index is not None):
+        raise UsageError(f"device={name} serves one process, not {world_size}; use device=cuda or cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = local_rank if device.index is None else device.index
@@ -74,7 +83,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def start(device_name: str) -> World:
     """Join the run that torchrun started, or be the only process. Call `stop` at the end."""
     size = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)), size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" not in os.environ or size == 1:

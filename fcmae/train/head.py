@@ -11,14 +11,14 @@ import torch
 
 import fcmae
 from fcmae.config import Config
-from fcmae.kernels import backends
+from fcmae.kernels import active
 from fcmae.masking import grid_size, keep_count
 from fcmae.train.distributed import World
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import Schedule
 
 
-def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, source, world: World) -> str:
+def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, world: World) -> str:
     """The head of a run: versions, device, backend, model, data, mask, batch and learning rate."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
@@ -26,7 +26,7 @@ def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, sou
     h, w = model.image_size
     gh, gw = grid_size(model.image_size, model.mask_unit)
     keep = keep_count(gh * gw, model.mask_ratio)
-    native = f": {backends()[world.device.type]}" if model.backend == "native" else ""
+    native = f": {active(world.device.type)}" if model.backend == "native" else ""
     images = f"{schedule.dataset_size:,} images"
     rows = {
         "fcmae": f"{fcmae.__version__}, torch {torch.__version__}",

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fcmae.config import LogConfig
+from fcmae.files import write_whole
 from fcmae.train.run_folder import RunFolder
 
 
@@ -32,9 +33,7 @@ class MetricsFile:
                 if not line.endswith(b"\n") or _step_of(line) > step:
                     break
                 whole.append(line)
-            temporary = path.with_name(f".{path.name}.part")
-            temporary.write_bytes(b"".join(whole))
-            os.replace(temporary, path)
+            write_whole(path, lambda file: file.write(b"".join(whole)))
         self._file = open(path, "a", buffering=1)
 
     def write(self, row: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -68,6 +69,7 @@ def train(
     Raises UsageError when steps stay non-finite or too many images are unreadable; the last checkpoint then stands.
     """
     optimizer, scaler, progress = state.optimizer, state.scaler, state.progress
+    overlap = world.device.type == "cuda"  # elsewhere torch may read a source that is already freed
     without_sync = getattr(forward, "no_sync", contextlib.nullcontext)
     state.model.train()
     with StopSignal() as stop:
@@ -84,8 +86,8 @@ def train(
                 waited += time.perf_counter() - asked
                 bad += batch["bad"]
                 indices += batch["index"].tolist()
-                images = batch["image"].to(world.device, non_blocking=True)
-                tiles = tiles_of(batch["mask"]).to(world.device, non_blocking=True)
+                images = batch["image"].to(world.device, non_blocking=overlap)
+                tiles = tiles_of(batch["mask"]).to(world.device, non_blocking=overlap)
                 with without_sync() if i < schedule.accum_steps - 1 else contextlib.nullcontext():
                     with optim.autocast(world.device, config.train.precision):
                         part = forward(images, tiles)[0] / schedule.accum_steps
@@ -96,7 +98,7 @@ def train(
             # One collective and one host synchronisation a step, and all ranks decide alike.
             local = torch.stack([loss, loss.new_full((), stop.received), loss.new_full((), len(bad)), grad_norm])
             mean_loss, stopping, mean_bad, norm = world.mean(local).tolist()
-            finite = norm - norm == 0
+            finite = math.isfinite(norm) and math.isfinite(mean_loss)
             if finite:
                 optim.clip(state.model, config.train.clip_grad, grad_norm)
                 scaler.step(optimizer)
@@ -108,9 +110,9 @@ def train(
                 "step": progress.step,
                 "epoch": round(schedule.epoch_at(progress.step), 6),
                 "images": progress.step * schedule.effective_batch,
-                "loss": mean_loss if mean_loss - mean_loss == 0 else None,
+                "loss": mean_loss if math.isfinite(mean_loss) else None,
                 "lr": lr,
-                "grad_norm": norm if finite else None,
+                "grad_norm": norm if math.isfinite(norm) else None,
             }
             if scaler.is_enabled():
                 row["loss_scale"] = scaler.get_scale()
@@ -124,10 +126,10 @@ def train(
                 note_skipped(state, overflow, indices, config.train.max_nonfinite, log, hooks)
             check_bad_share(progress.bad_images, row["images"], config.data.max_bad_share)
             done = progress.step == schedule.steps
+            if done or crossed(schedule, progress.step, config.log.images_every):
+                hooks.picture()  # before the checkpoint: a run killed in between draws it again
             if done or stopping or progress.step % config.checkpoint.every == 0:
                 hooks.save()
-            if done or crossed(schedule, progress.step, config.log.images_every):
-                hooks.picture()
             if stopping and not done:
                 return stop.received or signal.SIGTERM
     return 0

@@ -5,14 +5,17 @@ config.yaml  metrics.jsonl  tensorboard/  checkpoints/  reconstructions/*.png  l
 
 from __future__ import annotations
 
+import fcntl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from safetensors.torch import save
 from torch import nn
 
 from fcmae import config as settings
 from fcmae.errors import UsageError
+from fcmae.files import write_whole
 from fcmae.layouts import timm as timm_layout
 from fcmae.train import checkpoint
 
@@ -60,35 +63,53 @@ class RunFolder:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 raise UsageError(
                     f"{self.path} holds another run ({'; '.join(changed[:3])}{more}); resume it with its own settings, "
-                    f"or choose another folder with out=..."
+                    f"choose another folder with out=..., or remove it"
                 )
         else:
             foreign = [name for name in _ARTIFACTS if (self.path / name).exists()]
             if foreign:
                 raise UsageError(f"{self.path} has {foreign[0]} but no config.yaml; choose another folder with out=...")
 
-    def claim(self, config: settings.Config) -> None:
-        """Make the folder this run's. Raises UsageError when it cannot be written."""
+    def claim(self, config: settings.Config) -> IO:
+        """Make the folder this run's, and hold it for this process until the returned file is closed.
+
+        Raises UsageError when it cannot be written, or when another process holds it.
+        """
         try:
-            for folder in (self.path, self.checkpoints, self.pictures):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "w")
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it, unlike flock's
+            except OSError:
+                lock.close()
+                raise UsageError(
+                    f"another process is running in {self.path}; wait for it, or choose another folder with out=..."
+                ) from None
+            # Before anything else: what lies here without it would look like another's.
             if not self.config.is_file():
                 settings.write_yaml(config, self.config)
+            for folder in (self.checkpoints, self.pictures):
+                folder.mkdir(exist_ok=True)
+            return lock
         except OSError as error:
             raise UsageError(f"cannot write into out={self.path}: {error.strerror}; choose another folder") from None
 
-    def find_checkpoint(self, resume: str | None) -> tuple[dict | None, list[str]]:
-        """The checkpoint to go on from, and one line for each unreadable one that was passed over.
+    def find_checkpoint(self, resume: str | None) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, and lines to warn with: unreadable ones passed over, a `resume` not used.
 
         That is the folder's newest whole one; only a folder without any starts from the file `resume`.
         """
-        payload, complaints = checkpoint.read_newest(self.checkpoints)
-        if payload is None and resume is not None:
-            payload = checkpoint.read(Path(resume))
-        return payload, complaints
+        path, unreadable = checkpoint.find_newest(self.checkpoints)
+        warnings = [f"{line}; falling back to the checkpoint before" for line in unreadable]
+        if resume is not None and path is None:
+            checkpoint.read(Path(resume))
+            path = Path(resume)
+        elif resume is not None:
+            warnings.append(f"resume={resume} is not used: {self.path} has its own checkpoint {path.name}")
+        return path, warnings
 
     def export_encoder(self, model: nn.Module) -> None:
         """Write `encoder.safetensors`, which timm loads as its model of the same size."""
         # One entry only: safetensors writes several in random order, and equal runs should leave equal files.
         data = save(timm_layout.from_encoder(model.encoder.state_dict()), metadata={"format": "pt"})
-        checkpoint.write_whole(self.encoder, lambda file: file.write(data))
+        write_whole(self.encoder, lambda file: file.write(data))

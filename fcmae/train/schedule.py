@@ -47,16 +47,23 @@ def resolve_batch(train: TrainConfig, world_size: int) -> tuple[int, int]:
             f"train.effective_batch={train.effective_batch} is not a multiple of train.batch_size x processes = "
             f"{train.batch_size} x {world_size}; one must divide {train.effective_batch / world_size:g}"
         )
-    return train.effective_batch // per_pass, train.effective_batch
+    accum = train.effective_batch // per_pass
+    if train.accum_steps not in (1, accum):
+        raise UsageError(
+            f"train.accum_steps={train.accum_steps} and train.effective_batch={train.effective_batch} disagree: with "
+            f"{per_pass} images a pass the latter makes {accum}; give one of the two"
+        )
+    return accum, train.effective_batch
 
 
 def make_schedule(train: TrainConfig, dataset_size: int, world_size: int) -> Schedule:
     """The schedule of a run. Raises UsageError when the batch exceeds the data or the warm-up the run."""
     accum, batch = resolve_batch(train, world_size)
     if batch > dataset_size:
+        lower = "train.batch_size" if train.effective_batch is None else "train.effective_batch"
         raise UsageError(
             f"a batch of {batch} images (train.batch_size {train.batch_size} x accum_steps {accum} x processes "
-            f"{world_size}) is larger than the dataset of {dataset_size}; lower train.batch_size"
+            f"{world_size}) is larger than the dataset of {dataset_size}; lower {lower}"
         )
     if train.steps is None:
         epochs, steps = float(train.epochs), max(1, math.ceil(train.epochs * dataset_size / batch))

@@ -44,10 +44,13 @@ class TrainState:
         }
 
     def restore(self, payload: dict, where: str, config: settings.Config, dataset_size: int) -> None:
-        """Go on from a payload. Raises UsageError when it belongs to another model or another number of images."""
-        changed = settings.differences(payload["config"]["model"], settings.to_dict(config)["model"])
+        """Go on from a payload. Raises UsageError when it belongs to another model, other settings or other images."""
+        changed = settings.differences(payload["config"], settings.to_dict(config), settings.BRANCH_KEYS)
         if changed:
-            raise UsageError(f"{where} holds another model ({'; '.join(changed[:3])}); resume it with its own settings")
+            what = "model" if changed[0].startswith("model.") else "run"
+            raise UsageError(
+                f"{where} is of another {what} ({'; '.join(changed[:3])}); resume it with its own settings"
+            )
         if payload["dataset_size"] != dataset_size:
             raise UsageError(
                 f"{where} was trained on {payload['dataset_size']} images and data.source now has {dataset_size}; "
