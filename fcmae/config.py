@@ -240,6 +240,8 @@ def _read_override(schema: type, text: str) -> Any:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UsageError(f"{text!r} is not of the form key=value")
+    if not value.strip():
+        raise UsageError(f"{text!r} gives no value; for none write {key}=null")
     if describe(schema).get(key, ("",))[0].startswith("str") and value != "null":
         text = f"{key}={json.dumps(value)}"  # a folder may be called 007 or *.tar: YAML would see a number, an alias
     try:

@@ -1,18 +1,21 @@
-"""Weights in: any known layout as the state dict that our models load strictly."""
+"""Weights from one layout to another: `python -m fcmae.convert SRC DST.safetensors --to timm`."""
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fcmae.errors import UsageError
-from fcmae.layouts import official
+from fcmae.files import write_whole
+from fcmae.layouts import official, timm
 
 
 def load_tensors(path: str | Path) -> dict:
@@ -26,8 +29,14 @@ def load_tensors(path: str | Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        # The authors' scripts save their command line beside the weights: a Namespace, plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(
+            f"{path} is no torch file, or holds more than tensors and plain data, which is refused: it could run code"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} is not a whole safetensors or weights-only torch file: {reason}") from None
 
@@ -57,4 +66,38 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         return official.to_fcmae(state)
     if "encoder.stem.0.weight" in state and "mask_token" in state:
         return state
+    if "head.norm.weight" in state and "stem.0.weight" in state:
+        raise UsageError(
+            f"{path} holds an encoder in timm's layout alone; load it with timm.create_model(checkpoint_path=...)"
+        )
     raise UsageError(f"{path} is of an unknown layout; its first keys are {', '.join(sorted(state)[:3])}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: SRC is anything `read_checkpoint` takes; DST gets the dense encoder under timm's names."""
+    parser = argparse.ArgumentParser("fcmae.convert", description=__doc__)
+    parser.add_argument("src", type=Path, help="a checkpoint of this toolkit or of the authors' FCMAE pretraining")
+    parser.add_argument("dst", type=Path, help="the .safetensors file to write")
+    parser.add_argument("--to", choices=["timm"], default="timm", help="layout of DST")
+    parser.add_argument("--force", action="store_true", help="overwrite DST")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.dst.exists() and not arguments.force:
+            raise UsageError(f"{arguments.dst} exists; choose another name or give --force")
+        tensors = timm.from_encoder(encoder_of(read_checkpoint(arguments.src)))
+        write_whole(arguments.dst, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
+    except UsageError as error:
+        print(f"fcmae.convert: error: {error}", file=sys.stderr)
+        return 2
+    parameters = sum(t.numel() for t in tensors.values())
+    print(f"{arguments.dst}: {len(tensors)} tensors, {parameters:,} parameters, {arguments.to} layout")
+    return 0
+
+
+def encoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a state dict, as `FCMAE.encoder` names it."""
+    return {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

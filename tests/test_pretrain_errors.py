@@ -72,6 +72,7 @@ CASES = [  # override, words of the message
     ("data.mean=[0.5]", ["mean", "in_chans=3"]),
     ("data.crop_scale=[1.0,0.2]", ["data.crop_scale"]),
     ("nonsense", ["key=value"]),
+    ("train.lr=", ["no value", "train.lr=null"]),
     ("=3", ["key=value"]),
     ("model.image_size=[64", ["model.image_size=[64"]),
     ("resume={place}/none.pt", ["none.pt"]),

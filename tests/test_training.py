@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from fcmae.convert import main as convert
 from fcmae.convert import read_checkpoint
 from fcmae.models import create_model
 from fcmae.models.support import BACKENDS
@@ -240,6 +241,8 @@ def test_what_a_run_leaves(place, tmp_path):
     x = torch.randn(2, 3, 96, 64)
     with torch.no_grad():
         close(dense.forward_features(x), model.encode(x), 1e-5)
+    assert convert([str(next((out / "checkpoints").iterdir())), str(tmp_path / "again.safetensors")]) == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == (out / "encoder.safetensors").read_bytes()
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list((out / "reconstructions").glob("step_*.png"))) == 1
 

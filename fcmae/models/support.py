@@ -27,6 +27,7 @@ class DenseSupport:
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Depthwise convolution with weight (C, 1, k, k), stride 1, 'same' zero padding."""
+        weight = weight.flatten(1).view(weight.shape)  # gives its gradient plain strides, as DDP's buckets have them
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
         return y.permute(0, 2, 3, 1)
 

@@ -27,10 +27,11 @@ def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, wor
     gh, gw = grid_size(model.image_size, model.mask_unit)
     keep = keep_count(gh * gw, model.mask_ratio)
     native = f": {active(world.device.type)}" if model.backend == "native" else ""
+    compiled = ", compiled (the first step takes long)" if config.train.compile else ""
     images = f"{schedule.dataset_size:,} images"
     rows = {
         "fcmae": f"{fcmae.__version__}, torch {torch.__version__}",
-        "device": f"{device} x {world.size}, {config.train.precision}{', compiled' if config.train.compile else ''}",
+        "device": f"{device} x {world.size}, {config.train.precision}{compiled}",
         "backend": f"{model.backend}{native}, GRN {config.sparse.grn}",
         "model": f"{config.model.name}, {whole:.1f} M parameters of which the encoder {encoder:.1f} M",
         "data": f"{config.data.source}: {images} as {config.model.in_chans} x {h} x {w}",

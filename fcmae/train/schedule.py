@@ -70,7 +70,9 @@ def make_schedule(train: TrainConfig, dataset_size: int, world_size: int) -> Sch
     else:
         epochs, steps = train.steps * batch / dataset_size, train.steps
     if train.warmup_epochs >= epochs:
-        raise UsageError(f"train.warmup_epochs={train.warmup_epochs:g} must be less than the run's {epochs:g} epochs")
+        raise UsageError(
+            f"train.warmup_epochs={train.warmup_epochs:g} must be less than the run's {epochs:g} epochs; lower it"
+        )
     lr = train.base_lr * batch / 256 if train.lr is None else train.lr
     if train.min_lr > lr:
         raise UsageError(f"train.min_lr={train.min_lr:g} exceeds the peak learning rate {lr:g}")
