@@ -111,7 +111,10 @@ def test_a_drawn_mask_keeps_the_ratio():
     assert not torch.equal(mask[0], mask[1]) or not torch.equal(mask[1], mask[2])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+SLOWLY = [pytest.param(b, marks=pytest.mark.slow) for b in BACKENDS if b != "native"]
+
+
+@pytest.mark.parametrize("backend", ["native", *SLOWLY])
 @pytest.mark.parametrize("given", ["nothing", "mask", "tables"])
 def test_whole_step_compiles_to_one_graph(given, backend):
     model = small(backend, dtype=torch.float32)

@@ -132,6 +132,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert checkpoint.read(whole_file)["step"] == 1 and list(tmp_path.iterdir()) == [whole_file]
 
 
+@pytest.mark.slow
 def test_killed_while_claiming_its_folder_a_run_can_still_claim_it(whole, tmp_path):
     _, config, settings = whole
     (tmp_path / "out").mkdir()
@@ -160,6 +161,7 @@ def test_one_process_a_folder(whole, tmp_path):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_pictures_come_each_epoch_and_an_unused_resume_is_said(whole, tmp_path):
     folder, config, settings = whole
     out = tmp_path / "out"

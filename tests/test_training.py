@@ -130,7 +130,7 @@ def test_clipping_is_applied(place, tmp_path):
     assert not torch.equal(start, end)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_low_precision_follows_fp32_and_resumes(place, single, tmp_path, precision):
     settings = [f"train.precision={precision}", "checkpoint.every=7", "checkpoint.keep_last=5"]
     train(place, tmp_path / "low", *settings)
