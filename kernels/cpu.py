@@ -1,37 +1,27 @@
-"""C++ kernels for the CPU: compiled once for each instruction set and loaded through a C interface.
+"""The C++ kernels for the CPU, called through a C interface, with the functions of `reference`.
 
-The library knows nothing of torch, so it builds in seconds and serves every torch version. It finds the OpenMP runtime
-that torch has already loaded, and so runs on torch's own threads: a second pool would fight for the cores.
+The library finds the OpenMP runtime that torch has already loaded, and so runs on torch's own threads: a second pool
+would fight for the cores. What the kernels do not take goes to the reference.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fcmae.kernels import reference
+from fcmae.kernels import build, reference
 from fcmae.kernels.tiles import Tiles
 
-SOURCE = Path(__file__).parent / "csrc" / "tile_conv.cpp"
 TILE_SIZES = (8, 4, 2, 1)
-
-# Compiler flags and vector bytes of each instruction set.
-INSTRUCTION_SETS = {
-    "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"], 64),
-    "avx2": (["-mavx2", "-mfma"], 32),
-    "portable": ([], 16),
-}
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KEEPS_SLOPES = True
+RUN = 64  # rows whose sums a thread adds up at a time, as in csrc/rows.cpp
+MLP_BYTES = 2 << 20  # of 4C activations that a chunk of the MLP holds for each thread: what its caches take
 
 
 def instruction_set() -> str:
@@ -48,49 +38,18 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     name = instruction_set()
     if name == "none":
         return None, "turned off by FCMAE_CPU=none"
-    if name not in INSTRUCTION_SETS:
-        return None, f"FCMAE_CPU={name} is none of {', '.join(INSTRUCTION_SETS)}, none"
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if name not in build.INSTRUCTION_SETS:
+        return None, f"FCMAE_CPU={name} is none of {', '.join(build.INSTRUCTION_SETS)}, none"
     try:
-        return ctypes.CDLL(str(_build(name, compiler))), f"C++, {name}"
+        return ctypes.CDLL(str(build.find_or_compile(name))), f"C++, {name}"
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        return None, f"the C++ kernels were not built: {_reason(error)}"
-
-
-def _build(name: str, compiler: str | None) -> Path:
-    """The shared library for an instruction set, from the cache or newly compiled.
-
-    Any number of processes may build at once: each writes its own file and renames it, so a reader sees a whole one.
-    """
-    flags, vector_bytes = INSTRUCTION_SETS[name]
-    command = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *flags, f"-DFCMAE_BYTES={vector_bytes}"]
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode() + platform.machine().encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae"
-    path = cache / f"kernels-{name}-{key[:16]}.so"
-    if path.exists():
-        return path
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler (g++ or clang++)")
-    cache.mkdir(parents=True, exist_ok=True)
-    print(f"fcmae: compiling the {name} CPU kernels, once", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        made = Path(folder) / path.name
-        subprocess.run([compiler, *command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
-        os.replace(made, path)
-    return path
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, subprocess.CalledProcessError):
-        wrong = [line for line in error.stderr.splitlines() if "error" in line]
-        return (wrong or error.stderr.splitlines() or [str(error)])[0]
-    return str(error)
+        return None, f"the C++ kernels were not built: {build.reason(error)}"
 
 
 def supports(x: Tensor, kernel_size: int) -> bool:
-    """Whether the kernels take these tiles; otherwise the ops use the reference."""
+    """Whether the convolution kernels take these tiles."""
     return (
-        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        x.dtype in STORAGE
         and kernel_size == 7
         and x.shape[2] == x.shape[3]
         and x.shape[2] in TILE_SIZES
@@ -100,36 +59,104 @@ def supports(x: Tensor, kernel_size: int) -> bool:
 
 
 def tile_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
-    """`reference.tile_conv` in C++ where it `supports` the input."""
+    """`reference.tile_conv` in C++."""
     if not supports(x, weight.shape[-1]):
         return reference.tile_conv(x, weight, bias, tiles)
     wide, y = _fp32(x), torch.empty(x.shape, dtype=torch.float32)
     taps = _fp32(weight.reshape(weight.shape[0], 49).t())
     bias = None if bias is None else _fp32(bias)
     # The pointers' tensors have names here, and so outlive the call.
-    _call("fcmae_tile_conv", x.shape, tiles, wide, taps, bias, y)
+    _call_conv("fcmae_tile_conv", x.shape, tiles, wide, taps, bias, y)
     return y.to(x.dtype)
 
 
 def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """`reference.tile_conv_weight_grad` in C++ where it `supports` the input."""
+    """`reference.tile_conv_weight_grad` in C++."""
     if not supports(x, k):
         return reference.tile_conv_weight_grad(x, grad, k, tiles)
     c = x.shape[-1]
     wide, wide_grad, partial = _fp32(x), _fp32(grad), torch.empty(x.shape[0], 50, c, dtype=torch.float32)
-    _call("fcmae_tile_conv_weight_grad", x.shape, tiles, wide, wide_grad, partial)
+    _call_conv("fcmae_tile_conv_weight_grad", x.shape, tiles, wide, wide_grad, partial)
     total = partial.sum(0)  # one partial sum an image, added in order
     return total[:49].t().reshape(c, 1, 7, 7).contiguous(), total[49].clone()
+
+
+def gelu_squares(h: Tensor, bias: Tensor, a: Tensor) -> Tensor:
+    """`reference.gelu_squares` in C++; leaves gelu in a."""
+    if not _takes(h):
+        return reference.gelu_squares(h, bias, a)
+    squares = _per_run(h)
+    _call_rows("fcmae_gelu_squares", h, h, bias, a, squares)
+    return squares.sum(1)
+
+
+def gelu_affine(h: Tensor, bias: Tensor, a: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """`reference.gelu_affine` in C++."""
+    if not _takes(h):
+        return reference.gelu_affine(h, bias, a, scale, shift)
+    _call_rows("fcmae_gelu_affine", h, a, scale, shift)
+
+
+def gelu_affine_sums(h: Tensor, bias: Tensor, grad: Tensor, a: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.gelu_affine_sums` in C++; leaves gelu in a and its derivative in slopes."""
+    if not _takes(h):
+        return reference.gelu_affine_sums(h, bias, grad, a, slopes)
+    products, totals = _per_run(h), _per_run(h)
+    _call_rows("fcmae_gelu_affine_sums", h, h, bias, grad, a, slopes, products, totals)
+    return products.sum(1), totals.sum(1)
+
+
+def gelu_affine_backward(
+    h: Tensor, bias: Tensor, grad: Tensor, a: Tensor, slopes: Tensor, scale: Tensor, shift: Tensor, slope: Tensor
+) -> Tensor:
+    """`reference.gelu_affine_backward` in C++."""
+    if not _takes(h):
+        return reference.gelu_affine_backward(h, bias, grad, a, slopes, scale, shift, slope)
+    totals = _per_run(h)
+    _call_rows("fcmae_gelu_affine_backward", h, grad, a, slopes, scale, shift, slope, totals)
+    return totals.sum((0, 1))
+
+
+def layer_norm_backward(
+    grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, normed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`reference.layer_norm_backward` in C++, for tensors in fp32."""
+    if not _takes(y) or not all(t.dtype == torch.float32 for t in (grad, y, dy, normed)):
+        return reference.layer_norm_backward(grad, y, mean, rstd, weight, bias, dy, normed)
+    sums = torch.empty(-(-y.shape[0] // RUN), 2, y.shape[1], dtype=torch.float32)
+    _call("fcmae_layer_norm_backward", (grad, y, mean, rstd, weight, bias, dy, normed, sums), y.shape, 0)
+    return sums[:, 0].sum(0), sums[:, 1].sum(0)
+
+
+def mlp_groups(rows: int, features: int, item_bytes: int) -> int:
+    """How many groups of `rows` rows of the MLP one chunk takes, so that its 4C activations stay in the caches."""
+    return max(1, MLP_BYTES * torch.get_num_threads() // (rows * features * item_bytes))
+
+
+def _takes(h: Tensor) -> bool:
+    return h.dtype in STORAGE and h.numel() > 0 and library()[0] is not None
+
+
+def _per_run(h: Tensor) -> Tensor:
+    return torch.empty(h.shape[0], -(-h.shape[1] // RUN), h.shape[2], dtype=torch.float32)
 
 
 def _fp32(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
-def _call(name: str, shape: torch.Size, tiles: Tiles, *tensors: Tensor | None) -> None:
+def _call_conv(name: str, shape: torch.Size, tiles: Tiles, *tensors: Tensor | None) -> None:
     b, k, t, _, c = shape
     keep, slot = tiles.keep.contiguous(), tiles.slot.contiguous()
-    pointers = [ctypes.c_void_p(0 if a is None else a.data_ptr()) for a in (*tensors, keep, slot)]
-    sizes = [ctypes.c_int64(n) for n in (b, k, *tiles.grid, c)]
-    status = getattr(library()[0], name)(*pointers, *sizes, t, torch.get_num_threads())
-    assert status == 0, f"{name} has no kernel for tiles of {t}"
+    _call(name, (*tensors, keep, slot), (b, k, *tiles.grid, c), t)
+
+
+def _call_rows(name: str, h: Tensor, *tensors: Tensor) -> None:
+    _call(name, tensors, h.shape, STORAGE[h.dtype])
+
+
+def _call(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], kind: int) -> None:
+    pointers = [ctypes.c_void_p(0 if a is None else a.data_ptr()) for a in tensors]
+    assert all(a is None or a.is_contiguous() for a in tensors), f"{name} takes contiguous tensors"
+    status = getattr(library()[0], name)(*pointers, *map(ctypes.c_int64, sizes), kind, torch.get_num_threads())
+    assert status == 0, f"{name} has no kernel for kind {kind}"

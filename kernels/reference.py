@@ -1,14 +1,15 @@
 """Plain PyTorch of every kernel: their meaning, their fallback everywhere, and what the others are tested against.
 
 A submanifold depthwise convolution over tiles is the dense convolution of the map whose masked regions are zero, read
-where something is visible (FCMAE, arXiv 2301.00808 §3.1). The others are the passes between the matrix products of a
-ConvNeXt V2 block: LayerNorm before the first, GELU and GRN between the first and the second (same paper, §4), cut where
-a sum over an image's positions must be known before the next can begin. fp16 and bf16 compute in fp32.
+where something is visible (FCMAE, arXiv 2301.00808 §3.1). The others are the passes between the two matrix products of
+a ConvNeXt V2 block, GELU and GRN (same paper, §4), cut where a sum over an image's positions must be known before the
+next pass can begin. fp16 and bf16 compute in fp32.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -53,51 +54,74 @@ def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tupl
     return weight_grad, gm.sum((0, 2, 3))
 
 
-def layer_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """LayerNorm of rows y (R, C): the result (R, C) in dtype, and each row's mean and 1 / std, (R, 2) in fp32."""
-    wide = _wide(y)
-    mean = wide.mean(1, keepdim=True)
-    rstd = ((wide - mean).square().mean(1, keepdim=True) + eps).rsqrt()
-    n = (wide - mean) * rstd * weight.to(wide.dtype) + bias.to(wide.dtype)
-    return n.to(dtype), torch.cat([mean, rstd], 1)
+KEEPS_SLOPES = False  # whether `gelu_affine_sums` leaves something in its work memory `slopes`
 
 
-def layer_norm_backward(grad: Tensor, y: Tensor, weight: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `layer_norm`: of y (R, C) in y's dtype, of weight and bias (C,) in fp32. stats as it returned them."""
-    grad, (mean, rstd) = _wide(grad), stats.split(1, 1)
-    unit = (_wide(y) - mean) * rstd
-    g = grad * weight.to(grad.dtype)
-    dy = (g - g.mean(1, keepdim=True) - unit * (g * unit).mean(1, keepdim=True)) * rstd
-    return dy.to(y.dtype), (grad * unit).sum(0), grad.sum(0)
+def gelu_squares(h: Tensor, bias: Tensor, a: Tensor) -> Tensor:
+    """Sums over each group's rows of gelu(h + bias)^2, (G, F) in fp32. A group is what GRN pools over.
+
+    h: (G, n, F), the first matmul's product as it is; bias: (F,) in fp32, here and below. "gelu" below is gelu(h + bias).
+
+    a: work memory like h, where a kernel may leave what `gelu_affine` would else compute again.
+    """
+    return F.gelu(_wide(h) + bias).square().sum(1)
 
 
-def gelu_squares(h: Tensor) -> Tensor:
-    """Sums over each group's rows of gelu(h)^2: h (G, n, F) to (G, F) in fp32. A group is what GRN pools over."""
-    return F.gelu(_wide(h)).square().sum(1)
+def gelu_affine(h: Tensor, bias: Tensor, a: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """Fills a with gelu * scale + shift: scale (G, F) and shift (F,) in fp32; a as `gelu_squares` left it."""
+    a.copy_(F.gelu(_wide(h) + bias) * scale[:, None] + shift)
 
 
-def gelu_affine(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """gelu(h) * scale + shift in h's dtype: h (G, n, F), scale (G, F) and shift (F,) in fp32."""
-    return (F.gelu(_wide(h)) * scale[:, None] + shift).to(h.dtype)
+def gelu_affine_sums(
+    h: Tensor, bias: Tensor, grad: Tensor, a: Tensor, slopes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sums over each group's rows of grad * gelu and of grad: h, grad (G, n, F) to two (G, F) in fp32.
 
-
-def gelu_affine_sums(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over each group's rows of grad * gelu(h) and of grad: h, grad (G, n, F) to two (G, F) in fp32."""
+    a, slopes: work memory like h, where a kernel may leave what `gelu_affine_backward` would else compute again.
+    """
     grad = _wide(grad)
-    return (grad * F.gelu(_wide(h))).sum(1), grad.sum(1)
+    return (grad * F.gelu(_wide(h) + bias)).sum(1), grad.sum(1)
 
 
 def gelu_affine_backward(
-    h: Tensor, grad: Tensor, scale: Tensor, shift: Tensor, slope: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of h, the value of `gelu_affine` once more, and the gradient's sum over all rows, (F,) in fp32.
+    h: Tensor,
+    bias: Tensor,
+    grad: Tensor,
+    a: Tensor,
+    slopes: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    slope: Tensor,
+) -> Tensor:
+    """Turns grad into the gradient of h, fills a as `gelu_affine` does; returns the gradient's sum over all rows, (F,).
 
-    h, grad: (G, n, F). scale, slope: (G, F), shift: (F,), fp32: GRN's output is a * scale + shift with a = gelu(h), and
-    slope is what its statistics add to a's gradient, which is grad * scale + a * slope. grad may be overwritten.
+    a, slopes as `gelu_affine_sums` left them. scale, slope: (G, F), shift: (F,), in fp32. GRN's output is
+    gelu * scale + shift, and slope is what its statistics add to the gradient of gelu: grad * scale + gelu * slope.
     """
-    wide = _wide(h)
+    wide = _wide(h) + bias
     cdf = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
     density = torch.exp(-0.5 * wide.square()) / math.sqrt(2 * math.pi)
-    a = wide * cdf
-    dh = (_wide(grad) * scale[:, None] + a * slope[:, None]) * (cdf + wide * density)
-    return dh.to(h.dtype), (a * scale[:, None] + shift).to(h.dtype), dh.sum((0, 1))
+    value = wide * cdf
+    dh = (_wide(grad) * scale[:, None] + value * slope[:, None]) * (cdf + wide * density)
+    grad.copy_(dh)
+    a.copy_(value * scale[:, None] + shift)
+    return dh.sum((0, 1))
+
+
+def layer_norm_backward(
+    grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, normed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fills dy with the gradient of LayerNorm's input and normed with its output; returns weight's and bias's gradients.
+
+    grad, y, dy, normed: (R, C). mean, rstd: (R, 1) in fp32. weight, bias and what is returned: (C,) in fp32.
+    """
+    grad, unit = _wide(grad), (_wide(y) - mean) * rstd
+    g = grad * weight
+    dy.copy_((g - g.mean(1, keepdim=True) - unit * (g * unit).mean(1, keepdim=True)) * rstd)
+    normed.copy_(unit * weight + bias)
+    return (grad * unit).sum(0), grad.sum(0)
+
+
+def mlp_groups(rows: int, features: int, item_bytes: int) -> int:
+    """How many groups of `rows` rows of the MLP one chunk takes: all."""
+    return sys.maxsize

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.errors import UsageError
+from fcmae.kernels.mlp import Weights
+from fcmae.kernels.mlp_op import block_mlp
 from fcmae.models.support import Support
 
 GRN_MODES = ("per_image", "batch")
@@ -88,4 +90,21 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, grn)
 
     def forward(self, x: Tensor, support: Support) -> Tensor:
-        return x + self.mlp(self.norm(self.conv_dw(x, support)), support)
+        y = self.conv_dw(x, support)
+        if support.fused:
+            return self._after_conv(x, y)
+        return x + self.mlp(self.norm(y), support)
+
+    def _after_conv(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same as one op, on rows (positions, C); its matmuls run in autocast's dtype where that is on."""
+        mlp, kind = self.mlp, x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else mlp.fc1.weight.dtype
+        linears = [p.to(dtype) for p in (*_parameters(mlp.fc1), *_parameters(mlp.fc2))]
+        weights = Weights(*_parameters(self.norm), *linears[:2], *_parameters(mlp.grn), *linears[2:])
+        groups = 1 if mlp.grn.mode == "batch" else x.shape[0]
+        out, *_ = block_mlp(x.flatten(0, -2), y.flatten(0, -2), *weights, groups, True)
+        return out.view(x.shape)
+
+
+def _parameters(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias

@@ -19,7 +19,9 @@ from fcmae.kernels.tiles import Tiles, pack, unpack
 
 
 class DenseSupport:
-    """Every position exists: the ordinary dense network."""
+    """Every position exists: the ordinary dense network. fused: whether blocks run as two ops or as PyTorch's own."""
+
+    fused = False
 
     def image(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) as channels-last features of this support."""
@@ -65,6 +67,7 @@ class TileSupport:
 
     def __init__(self, tiles: Tiles, native: bool):
         self.tiles, self.native = tiles, native
+        self.fused = native
 
     def image(self, images: Tensor) -> Tensor:
         return pack(images.permute(0, 2, 3, 1), self.tiles)

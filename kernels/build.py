@@ -1,0 +1,82 @@
+"""Compiles the C++ kernels for the CPU: when the package is installed, or else at first use, once for each machine type.
+
+Knows nothing of torch and imports only the standard library, because `setup.py` runs it where there is no torch. The
+library it makes has a C interface, so it builds in seconds and serves every version of torch and Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+PACKAGED = Path(__file__).parent / "lib"  # what the installation compiled
+
+# Compiler flags and vector bytes of each instruction set.
+INSTRUCTION_SETS = {
+    "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"], 64),
+    "avx2": (["-mavx2", "-mfma", "-mf16c"], 32),
+    "portable": ([], 16),
+}
+
+
+def flags(name: str) -> list[str]:
+    """The compiler's flags for an instruction set. Without -ffp-contract GCC would not use the FMA instructions."""
+    machine, vector_bytes = INSTRUCTION_SETS[name]
+    common = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
+    return [*common, *machine, f"-DFCMAE_BYTES={vector_bytes}"]
+
+
+def file_name(name: str) -> str:
+    """Changes with the sources, the flags and the kind of machine, so a stale library is never loaded."""
+    content = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h"))
+    key = hashlib.sha256(content + f"{flags(name)} {platform.system()} {platform.machine()}".encode())
+    return f"kernels-{name}-{key.hexdigest()[:16]}.so"
+
+
+def compiler() -> str | None:
+    """CXX, g++ or clang++, whichever is there."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+def compile_into(folder: Path, name: str) -> Path:
+    """Compile for an instruction set. Raises OSError or subprocess.SubprocessError when that fails.
+
+    Any number of processes may build at once: each writes its own file and renames it, so a reader sees a whole one.
+    """
+    found = compiler()
+    if found is None:
+        raise FileNotFoundError("no C++ compiler (g++ or clang++)")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file_name(name)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        made = Path(aside) / path.name
+        units = [str(unit) for unit in sorted(SOURCES.glob("*.cpp"))]
+        subprocess.run([found, *flags(name), *units, "-o", str(made)], check=True, capture_output=True, text=True)
+        os.replace(made, path)
+    return path
+
+
+def find_or_compile(name: str) -> Path:
+    """The library for an instruction set: as installed, from the user's cache, or compiled into it now."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae"
+    for folder in (PACKAGED, cache):
+        if (folder / file_name(name)).exists():
+            return folder / file_name(name)
+    if compiler():
+        print(f"fcmae: compiling the {name} CPU kernels, once", file=sys.stderr)
+    return compile_into(cache, name)
+
+
+def reason(error: Exception) -> str:
+    """Why a build failed, in one line."""
+    if isinstance(error, subprocess.CalledProcessError):
+        wrong = [line for line in error.stderr.splitlines() if "error" in line]
+        return (wrong or error.stderr.splitlines() or [str(error)])[0]
+    return str(error)

@@ -1,0 +1,133 @@
+"""The MLP of a ConvNeXt V2 block with its LayerNorm and residual, forward and backward, around the vendor's matmuls.
+
+    out = shortcut + fc2(a * scale + shift),  a = gelu(h),  h = fc1(LayerNorm(y)),  scale = 1 + gamma N,  shift = beta
+
+N is GRN's response of each group of rows (arXiv 2301.00808 §4): G = sqrt(sum of a^2 over the group), N = G / (mean of G
+over the features + eps). One 4C tensor is kept for the backward, h; a and the scaled a are computed again, which costs
+less than reading them back. Rows are taken in chunks of whole groups that fit the caches where the device has such.
+
+y, shortcut: (R, C), R = groups * n. weights as in nn.Linear. `kernels` is a module with the functions of `reference`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """norm: LayerNorm's, (C,). w1 (F, C), b1 (F,), w2 (C, F), b2 (C,) in the dtype of the matmuls. gamma, beta (F,)."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    w1: Tensor
+    b1: Tensor
+    gamma: Tensor
+    beta: Tensor
+    w2: Tensor
+    b2: Tensor
+
+
+LAYER_NORM_EPS, GRN_EPS, TINY = 1e-6, 1e-6, 1e-24  # TINY keeps the gradient finite where a feature is zero everywhere
+
+
+def forward(
+    kernels: ModuleType, shortcut: Tensor, y: Tensor, w: Weights, groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out (R, C) in shortcut's dtype, and for the backward: h (R, F), LayerNorm's mean and rstd (R, 1), squares (G, F)."""
+    (rows, _), features = y.shape, w.w1.shape[0]
+    n = rows // groups
+    out, h = torch.empty_like(shortcut), y.new_empty(rows, features, dtype=w.w1.dtype)
+    means, rstds, squares = [], [], []
+    b1, gamma, beta = (p.to(_wide(h)) for p in (w.b1, w.gamma, w.beta))
+    chunks = _chunks(kernels, groups, n, h)
+    a = torch.empty_like(h[chunks[0]])  # once for all chunks: it stays in the caches
+    for r in chunks:
+        hg, z = h[r].view(-1, n, features), a[: r.stop - r.start]
+        normed, mean, rstd = _layer_norm(y[r], w)
+        torch.mm(normed.to(h.dtype), w.w1.t(), out=h[r])
+        square = kernels.gelu_squares(hg, b1, z.view_as(hg))
+        kernels.gelu_affine(hg, b1, z.view_as(hg), 1 + gamma * _response(square)[1], beta)
+        torch.add(shortcut[r], w.b2, out=out[r])
+        _add_product(out[r], z, w.w2.t())
+        means.append(mean), rstds.append(rstd), squares.append(square)
+    return out, h, torch.cat(means), torch.cat(rstds), torch.cat(squares)
+
+
+def backward(
+    kernels: ModuleType,
+    grad: Tensor,
+    y: Tensor,
+    w: Weights,
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    squares: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of y and of each weight (the shortcut's is grad itself)."""
+    groups, features = squares.shape
+    n = h.shape[0] // groups
+    b1, gamma, beta = (p.to(_wide(h)) for p in (w.b1, w.gamma, w.beta))
+    norm_weight, norm_bias = w.norm_weight.to(_wide(y)), w.norm_bias.to(_wide(y))
+    dy, sums = torch.empty_like(y), None
+    chunks = _chunks(kernels, groups, n, h)
+    a, dh_all = torch.empty_like(h[chunks[0]]), torch.empty_like(h[chunks[0]])
+    slopes = torch.empty_like(a) if kernels.KEEPS_SLOPES else None
+    normed_all = torch.empty_like(y[chunks[0]], dtype=h.dtype)
+    for r in chunks:
+        size = r.stop - r.start
+        g, z, dh, normed = grad[r].to(h.dtype), a[:size], dh_all[:size], normed_all[:size]
+        torch.mm(g, w.w2, out=dh)  # the gradient of gelu * scale + shift, until it becomes that of h
+        hg, zg, dhg = (t.view(-1, n, features) for t in (h[r], z, dh))
+        kept = None if slopes is None else slopes[:size].view_as(hg)
+        products, totals = kernels.gelu_affine_sums(hg, b1, dhg, zg, kept)
+        norm, response, mean_norm = _response(squares[r.start // n : r.stop // n])
+        d_response = gamma * products
+        d_norm = (d_response - (d_response * response).mean(-1, keepdim=True)) / mean_norm
+        db1 = kernels.gelu_affine_backward(hg, b1, dhg, zg, kept, 1 + gamma * response, beta, d_norm / norm)
+        dnw, dnb = kernels.layer_norm_backward(
+            dh @ w.w1, y[r], mean[r], rstd[r], norm_weight, norm_bias, dy[r], normed
+        )
+        d_gamma = (products * response).sum(0)
+        sums = _add(sums, (dnw, dnb, (dh.t(), normed), db1, d_gamma, totals.sum(0), (g.t(), z), g.sum(0)))
+    return dy, *(s.to(p.dtype) for s, p in zip(sums, w, strict=True))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in one pass where the dtypes allow it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def _add(sums: list[Tensor] | None, parts: tuple) -> list[Tensor]:
+    """Running sums in chunk order; a pair stands for its matrix product, added without a tensor of its own."""
+    if sums is None:
+        return [p[0] @ p[1] if isinstance(p, tuple) else p for p in parts]
+    return [s.addmm_(*p) if isinstance(p, tuple) else s.add_(p) for s, p in zip(sums, parts, strict=True)]
+
+
+def _response(squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G (G, F), N (G, F) and N's denominator (G, 1)."""
+    norm = (squares + TINY).sqrt()
+    mean_norm = norm.mean(-1, keepdim=True) + GRN_EPS
+    return norm, norm / mean_norm, mean_norm
+
+
+def _layer_norm(y: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_layer_norm(y, y.shape[1:], w.norm_weight, w.norm_bias, LAYER_NORM_EPS)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _chunks(kernels: ModuleType, groups: int, n: int, h: Tensor) -> list[slice]:
+    """Rows of whole groups, as many as `kernels` wants in a chunk."""
+    count = -(-groups // kernels.mlp_groups(n, h.shape[1], h.element_size()))
+    size = -(-groups // count)
+    return [slice(g * n, min(g + size, groups) * n) for g in range(0, groups, size)]
