@@ -19,7 +19,6 @@ from fcmae.kernels.tiles import Tiles
 
 TILE_SIZES = (8, 4, 2, 1)
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KEEPS_SLOPES = True
 RUN = 64  # rows whose sums a thread adds up at a time, as in csrc/rows.cpp
 MLP_BYTES = 2 << 20  # of 4C activations that a chunk of the MLP holds for each thread: what its caches take
 
@@ -81,40 +80,25 @@ def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tupl
     return total[:49].t().reshape(c, 1, 7, 7).contiguous(), total[49].clone()
 
 
-def gelu_squares(h: Tensor, bias: Tensor, a: Tensor) -> Tensor:
-    """`reference.gelu_squares` in C++; leaves gelu in a."""
+def gelu_grn(h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, z: Tensor) -> Tensor:
+    """`reference.gelu_grn` in C++."""
     if not _takes(h):
-        return reference.gelu_squares(h, bias, a)
-    squares = _per_run(h)
-    _call_rows("fcmae_gelu_squares", h, h, bias, a, squares)
-    return squares.sum(1)
+        return reference.gelu_grn(h, bias, gamma, beta, z)
+    squares, scale = _per_group(h), _per_group(h)
+    _call_rows("fcmae_gelu_grn", h, h, bias, gamma, beta, z, _per_run(h), scale, squares)
+    return squares
 
 
-def gelu_affine(h: Tensor, bias: Tensor, a: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """`reference.gelu_affine` in C++."""
+def gelu_grn_backward(
+    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, squares: Tensor, grad: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.gelu_grn_backward` in C++."""
     if not _takes(h):
-        return reference.gelu_affine(h, bias, a, scale, shift)
-    _call_rows("fcmae_gelu_affine", h, a, scale, shift)
-
-
-def gelu_affine_sums(h: Tensor, bias: Tensor, grad: Tensor, a: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.gelu_affine_sums` in C++; leaves gelu in a and its derivative in slopes."""
-    if not _takes(h):
-        return reference.gelu_affine_sums(h, bias, grad, a, slopes)
-    products, totals = _per_run(h), _per_run(h)
-    _call_rows("fcmae_gelu_affine_sums", h, h, bias, grad, a, slopes, products, totals)
-    return products.sum(1), totals.sum(1)
-
-
-def gelu_affine_backward(
-    h: Tensor, bias: Tensor, grad: Tensor, a: Tensor, slopes: Tensor, scale: Tensor, shift: Tensor, slope: Tensor
-) -> Tensor:
-    """`reference.gelu_affine_backward` in C++."""
-    if not _takes(h):
-        return reference.gelu_affine_backward(h, bias, grad, a, slopes, scale, shift, slope)
-    totals = _per_run(h)
-    _call_rows("fcmae_gelu_affine_backward", h, grad, a, slopes, scale, shift, slope, totals)
-    return totals.sum((0, 1))
+        return reference.gelu_grn_backward(h, bias, gamma, beta, squares, grad, z)
+    sums, slopes = torch.empty(3, h.shape[2], dtype=torch.float32), torch.empty_like(h)
+    work = (slopes, _per_run(h), _per_run(h), _per_group(h), _per_group(h))
+    _call_rows("fcmae_gelu_grn_backward", h, h, bias, gamma, beta, squares, grad, z, *work, sums)
+    return sums[0].clone(), sums[1].clone(), sums[2].clone()
 
 
 def layer_norm_backward(
@@ -135,6 +119,10 @@ def mlp_groups(rows: int, features: int, item_bytes: int) -> int:
 
 def _takes(h: Tensor) -> bool:
     return h.dtype in STORAGE and h.numel() > 0 and library()[0] is not None
+
+
+def _per_group(h: Tensor) -> Tensor:
+    return torch.empty(h.shape[0], h.shape[2], dtype=torch.float32)
 
 
 def _per_run(h: Tensor) -> Tensor:

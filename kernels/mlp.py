@@ -1,10 +1,9 @@
 """The MLP of a ConvNeXt V2 block with its LayerNorm and residual, forward and backward, around the vendor's matmuls.
 
-    out = shortcut + fc2(a * scale + shift),  a = gelu(h),  h = fc1(LayerNorm(y)),  scale = 1 + gamma N,  shift = beta
+    out = shortcut + fc2(GRN(gelu(fc1(LayerNorm(y)))))
 
-N is GRN's response of each group of rows (arXiv 2301.00808 §4): G = sqrt(sum of a^2 over the group), N = G / (mean of G
-over the features + eps). One 4C tensor is kept for the backward, h; a and the scaled a are computed again, which costs
-less than reading them back. Rows are taken in chunks of whole groups that fit the caches where the device has such.
+One 4C tensor is kept for the backward, h = fc1's product without its bias; GELU's and GRN's outputs are computed again,
+which costs less than reading them back. Rows are taken in chunks of whole GRN groups, small enough for a CPU's caches.
 
 y, shortcut: (R, C), R = groups * n. weights as in nn.Linear. `kernels` is a module with the functions of `reference`.
 """
@@ -31,7 +30,7 @@ class Weights(NamedTuple):
     b2: Tensor
 
 
-LAYER_NORM_EPS, GRN_EPS, TINY = 1e-6, 1e-6, 1e-24  # TINY keeps the gradient finite where a feature is zero everywhere
+LAYER_NORM_EPS = 1e-6
 
 
 def forward(
@@ -49,11 +48,10 @@ def forward(
         hg, z = h[r].view(-1, n, features), a[: r.stop - r.start]
         normed, mean, rstd = _layer_norm(y[r], w)
         torch.mm(normed.to(h.dtype), w.w1.t(), out=h[r])
-        square = kernels.gelu_squares(hg, b1, z.view_as(hg))
-        kernels.gelu_affine(hg, b1, z.view_as(hg), 1 + gamma * _response(square)[1], beta)
+        squares.append(kernels.gelu_grn(hg, b1, gamma, beta, z.view_as(hg)))
         torch.add(shortcut[r], w.b2, out=out[r])
         _add_product(out[r], z, w.w2.t())
-        means.append(mean), rstds.append(rstd), squares.append(square)
+        means.append(mean), rstds.append(rstd)
     return out, h, torch.cat(means), torch.cat(rstds), torch.cat(squares)
 
 
@@ -75,24 +73,18 @@ def backward(
     dy, sums = torch.empty_like(y), None
     chunks = _chunks(kernels, groups, n, h)
     a, dh_all = torch.empty_like(h[chunks[0]]), torch.empty_like(h[chunks[0]])
-    slopes = torch.empty_like(a) if kernels.KEEPS_SLOPES else None
     normed_all = torch.empty_like(y[chunks[0]], dtype=h.dtype)
     for r in chunks:
         size = r.stop - r.start
         g, z, dh, normed = grad[r].to(h.dtype), a[:size], dh_all[:size], normed_all[:size]
-        torch.mm(g, w.w2, out=dh)  # the gradient of gelu * scale + shift, until it becomes that of h
+        torch.mm(g, w.w2, out=dh)  # the gradient of GRN's output, until it becomes that of h
         hg, zg, dhg = (t.view(-1, n, features) for t in (h[r], z, dh))
-        kept = None if slopes is None else slopes[:size].view_as(hg)
-        products, totals = kernels.gelu_affine_sums(hg, b1, dhg, zg, kept)
-        norm, response, mean_norm = _response(squares[r.start // n : r.stop // n])
-        d_response = gamma * products
-        d_norm = (d_response - (d_response * response).mean(-1, keepdim=True)) / mean_norm
-        db1 = kernels.gelu_affine_backward(hg, b1, dhg, zg, kept, 1 + gamma * response, beta, d_norm / norm)
+        squares_r = squares[r.start // n : r.stop // n]
+        db1, d_gamma, d_beta = kernels.gelu_grn_backward(hg, b1, gamma, beta, squares_r, dhg, zg)
         dnw, dnb = kernels.layer_norm_backward(
             dh @ w.w1, y[r], mean[r], rstd[r], norm_weight, norm_bias, dy[r], normed
         )
-        d_gamma = (products * response).sum(0)
-        sums = _add(sums, (dnw, dnb, (dh.t(), normed), db1, d_gamma, totals.sum(0), (g.t(), z), g.sum(0)))
+        sums = _add(sums, (dnw, dnb, (dh.t(), normed), db1, d_gamma, d_beta, (g.t(), z), g.sum(0)))
     return dy, *(s.to(p.dtype) for s, p in zip(sums, w, strict=True))
 
 
@@ -109,13 +101,6 @@ def _add(sums: list[Tensor] | None, parts: tuple) -> list[Tensor]:
     if sums is None:
         return [p[0] @ p[1] if isinstance(p, tuple) else p for p in parts]
     return [s.addmm_(*p) if isinstance(p, tuple) else s.add_(p) for s, p in zip(sums, parts, strict=True)]
-
-
-def _response(squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G (G, F), N (G, F) and N's denominator (G, 1)."""
-    norm = (squares + TINY).sqrt()
-    mean_norm = norm.mean(-1, keepdim=True) + GRN_EPS
-    return norm, norm / mean_norm, mean_norm
 
 
 def _layer_norm(y: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:

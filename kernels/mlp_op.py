@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.kernels import mlp
+from fcmae.kernels import mlp, reference
 from fcmae.kernels.devices import kernels_for
 from fcmae.kernels.mlp import Weights
 
@@ -63,9 +63,8 @@ def composed(shortcut: Tensor, y: Tensor, w: Weights, groups: int) -> Tensor:
     """The same of PyTorch's own differentiable ops: what `block_mlp` is tested against."""
     normed = F.layer_norm(y, y.shape[1:], w.norm_weight, w.norm_bias, mlp.LAYER_NORM_EPS)
     a = F.gelu(F.linear(normed.to(w.w1.dtype), w.w1, w.b1)).view(groups, -1, w.w1.shape[0])
-    norm = (a.to(torch.promote_types(a.dtype, torch.float32)).square().sum(1, keepdim=True) + mlp.TINY).sqrt()
-    response = norm / (norm.mean(-1, keepdim=True) + mlp.GRN_EPS)
-    z = a + torch.addcmul(w.beta, w.gamma, a * response).to(a.dtype)
+    _, response, _ = reference.response(a.to(torch.promote_types(a.dtype, torch.float32)).square().sum(1))
+    z = a + torch.addcmul(w.beta, w.gamma, a * response[:, None]).to(a.dtype)
     return shortcut + F.linear(z.flatten(0, 1), w.w2, w.b2)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fcmae.kernels.tiles import Tiles, pack, unpack
 
+GRN_EPS, TINY = 1e-6, 1e-24  # TINY keeps the gradient finite where a feature is zero everywhere
+
 
 def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -54,58 +56,53 @@ def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tupl
     return weight_grad, gm.sum((0, 2, 3))
 
 
-KEEPS_SLOPES = False  # whether `gelu_affine_sums` leaves something in its work memory `slopes`
+def response(squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GRN's statistics of sums of squares (G, F): the norm (G, F), the response N = norm / mean, and the mean (G, 1)."""
+    norm = (squares + TINY).sqrt()
+    mean = norm.mean(-1, keepdim=True) + GRN_EPS
+    return norm, norm / mean, mean
 
 
-def gelu_squares(h: Tensor, bias: Tensor, a: Tensor) -> Tensor:
-    """Sums over each group's rows of gelu(h + bias)^2, (G, F) in fp32. A group is what GRN pools over.
+def gelu_grn(h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, z: Tensor) -> Tensor:
+    """Fills z with GRN(gelu(h + bias)), that is a + gamma * N * a + beta; returns the groups' sums of a^2, (G, F) in fp32.
 
-    h: (G, n, F), the first matmul's product as it is; bias: (F,) in fp32, here and below. "gelu" below is gelu(h + bias).
-
-    a: work memory like h, where a kernel may leave what `gelu_affine` would else compute again.
+    h, z: (G, n, F); GRN pools over the n rows of a group. bias, gamma, beta: (F,) in fp32. The bias is added here because
+    a matmul on a CPU would make a pass of its own for it.
     """
-    return F.gelu(_wide(h) + bias).square().sum(1)
+    a = F.gelu(_wide(h) + bias)
+    squares = a.square().sum(1)
+    z.copy_(a * (1 + gamma * response(squares)[1])[:, None] + beta)
+    return squares
 
 
-def gelu_affine(h: Tensor, bias: Tensor, a: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """Fills a with gelu * scale + shift: scale (G, F) and shift (F,) in fp32; a as `gelu_squares` left it."""
-    a.copy_(F.gelu(_wide(h) + bias) * scale[:, None] + shift)
+def gelu_grn_backward(
+    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, squares: Tensor, grad: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns grad, of z, into the gradient of h; fills z once more; returns the gradients of bias, gamma, beta in fp32.
 
-
-def gelu_affine_sums(
-    h: Tensor, bias: Tensor, grad: Tensor, a: Tensor, slopes: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Sums over each group's rows of grad * gelu and of grad: h, grad (G, n, F) to two (G, F) in fp32.
-
-    a, slopes: work memory like h, where a kernel may leave what `gelu_affine_backward` would else compute again.
+    Arguments as in `gelu_grn`, squares as it returned them; grad: (G, n, F).
     """
-    grad = _wide(grad)
-    return (grad * F.gelu(_wide(h) + bias)).sum(1), grad.sum(1)
-
-
-def gelu_affine_backward(
-    h: Tensor,
-    bias: Tensor,
-    grad: Tensor,
-    a: Tensor,
-    slopes: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    slope: Tensor,
-) -> Tensor:
-    """Turns grad into the gradient of h, fills a as `gelu_affine` does; returns the gradient's sum over all rows, (F,).
-
-    a, slopes as `gelu_affine_sums` left them. scale, slope: (G, F), shift: (F,), in fp32. GRN's output is
-    gelu * scale + shift, and slope is what its statistics add to the gradient of gelu: grad * scale + gelu * slope.
-    """
-    wide = _wide(h) + bias
+    wide, wide_grad = _wide(h) + bias, _wide(grad)
     cdf = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
     density = torch.exp(-0.5 * wide.square()) / math.sqrt(2 * math.pi)
-    value = wide * cdf
-    dh = (_wide(grad) * scale[:, None] + value * slope[:, None]) * (cdf + wide * density)
+    a = wide * cdf
+    scale, slope, d_gamma = grn_backward(gamma, squares, (wide_grad * a).sum(1))
+    dh = (wide_grad * scale[:, None] + a * slope[:, None]) * (cdf + wide * density)
+    z.copy_(a * scale[:, None] + beta)
+    d_beta = wide_grad.sum((0, 1))
     grad.copy_(dh)
-    a.copy_(value * scale[:, None] + shift)
-    return dh.sum((0, 1))
+    return dh.sum((0, 1)), d_gamma, d_beta
+
+
+def grn_backward(gamma: Tensor, squares: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GRN's factors (G, F) for the backward of a: da = grad * scale + a * slope; and gamma's gradient (F,).
+
+    products: (G, F), each group's sums of grad * a.
+    """
+    norm, n, mean = response(squares)
+    d_n = gamma * products
+    d_norm = (d_n - (d_n * n).mean(-1, keepdim=True)) / mean
+    return 1 + gamma * n, d_norm / norm, (products * n).sum(0)
 
 
 def layer_norm_backward(

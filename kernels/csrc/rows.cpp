@@ -1,10 +1,13 @@
 // The passes between the matrix products of a ConvNeXt V2 block; see kernels/reference.py.
 //
-// h, grad, a, slopes: (G, n, F); the last two stay in the caches between two passes, where computing them again would take
-// longer than reading them. A thread takes RUN rows of a group at a time; each run leaves its own sums (G, runs, F), which
-// the caller adds in order: bitwise repeatable whatever the threads, and short sums round less.
+// h, grad, z: (G, n, F). GRN's sums over a group's rows part the work into two passes; what the first has computed waits in
+// z and slopes for the second, because reading it from the caches is quicker than computing it again. A thread takes RUN
+// rows of a group at a time and leaves their sums (G, runs, F), which are added in order: bitwise repeatable whatever the
+// threads, and short sums round less.
 
 #include <algorithm>
+#include <cmath>
+#include <initializer_list>
 
 #include "gelu.h"
 #include "vec.h"
@@ -42,50 +45,90 @@ inline void over_rows(const Rows& s, std::initializer_list<float*> sums, Body bo
 
 inline void add(float* sum, vec<N> x, int lanes) { store<N>(sum, load<N>(sum, lanes) + x, lanes); }
 
-// a: gelu(h + bias), for gelu_affine.
-template <typename S>
-void gelu_squares(const S* h, const float* bias, S* a, float* squares, const Rows& s) {
-    over_rows(s, {squares}, [=](int64_t at, int64_t, int64_t own, int64_t f, int lanes) {
-        const vec<N> value = Gelu<N>(load<N>(h + at, lanes) + load<N>(bias + f, lanes)).value();
-        store<N>(a + at, value, lanes);
-        add(squares + own, value * value, lanes);
-    });
+// Sums of the runs, in order: out (G, F) of parts (G, runs, F).
+void add_runs(const float* parts, float* out, const Rows& s) {
+    const int64_t runs = (s.rows + RUN - 1) / RUN;
+#pragma omp parallel for num_threads(s.threads) schedule(static)
+    for (int64_t g = 0; g < s.groups; ++g) {
+        float* total = out + g * s.features;
+        std::copy_n(parts + g * runs * s.features, s.features, total);
+        for (int64_t r = 1; r < runs; ++r)
+            for (int64_t f = 0; f < s.features; ++f) total[f] += parts[(g * runs + r) * s.features + f];
+    }
 }
 
-// a becomes a * scale + shift.
+constexpr float GRN_EPS = 1e-6f, TINY = 1e-24f;
+
+float mean_norm(const float* squares, int64_t features) {
+    double total = 0;
+    for (int64_t f = 0; f < features; ++f) total += std::sqrt(squares[f] + TINY);
+    return float(total / double(features)) + GRN_EPS;
+}
+
+// z = a * scale + beta with scale = 1 + gamma * norm / mean; z holds a between the passes.
 template <typename S>
-void gelu_affine(S* a, const float* scale, const float* shift, const Rows& s) {
+void gelu_grn(const S* h, const float* bias, const float* gamma, const float* beta, S* z, float* parts, float* scale,
+              float* squares, const Rows& s) {
+    over_rows(s, {parts}, [=](int64_t at, int64_t, int64_t own, int64_t f, int lanes) {
+        const vec<N> a = Gelu<N>(load<N>(h + at, lanes) + load<N>(bias + f, lanes)).value();
+        store<N>(z + at, a, lanes);
+        add(parts + own, a * a, lanes);
+    });
+    add_runs(parts, squares, s);
+    for (int64_t g = 0; g < s.groups; ++g) {
+        const float* own = squares + g * s.features;
+        const float mean = mean_norm(own, s.features);
+        for (int64_t f = 0; f < s.features; ++f)
+            scale[g * s.features + f] = 1.f + gamma[f] * (std::sqrt(own[f] + TINY) / mean);
+    }
     over_rows(s, {}, [=](int64_t at, int64_t column, int64_t, int64_t f, int lanes) {
-        store<N>(a + at, load<N>(a + at, lanes) * load<N>(scale + column, lanes) + load<N>(shift + f, lanes), lanes);
+        store<N>(z + at, load<N>(z + at, lanes) * load<N>(scale + column, lanes) + load<N>(beta + f, lanes), lanes);
     });
 }
 
-// a: gelu(h + bias), slopes: its derivative, for gelu_affine_backward.
+// grad becomes the gradient of h. slopes: gelu's derivative between the passes. sums: (3, F), of bias, gamma and beta.
 template <typename S>
-void gelu_affine_sums(const S* h, const float* bias, const S* grad, S* a, S* slopes, float* products,
-                      float* totals, const Rows& s) {
+void gelu_grn_backward(const S* h, const float* bias, const float* gamma, const float* beta, const float* squares,
+                       S* grad, S* z, S* slopes, float* products, float* totals, float* scale, float* slope, float* sums,
+                       const Rows& s) {
     over_rows(s, {products, totals}, [=](int64_t at, int64_t, int64_t own, int64_t f, int lanes) {
         const Gelu<N> gelu(load<N>(h + at, lanes) + load<N>(bias + f, lanes));
-        const vec<N> value = gelu.value(), d = load<N>(grad + at, lanes);
-        store<N>(a + at, value, lanes);
+        const vec<N> a = gelu.value(), d = load<N>(grad + at, lanes);
+        store<N>(z + at, a, lanes);
         store<N>(slopes + at, gelu.slope(), lanes);
-        add(products + own, d * value, lanes);
+        add(products + own, d * a, lanes);
         add(totals + own, d, lanes);
     });
-}
-
-// grad becomes the gradient of h, a becomes a * scale + shift.
-template <typename S>
-void gelu_affine_backward(S* grad, S* a, const S* slopes, const float* scale, const float* shift, const float* slope,
-                          float* totals, const Rows& s) {
+    std::fill_n(sums, 3 * s.features, 0.f);
+    float *d_bias = sums, *d_gamma = sums + s.features, *d_beta = sums + 2 * s.features;
+    add_runs(products, slope, s);
+    add_runs(totals, scale, s);
+    for (int64_t g = 0; g < s.groups; ++g) {
+        const float* own = squares + g * s.features;
+        float *by = scale + g * s.features, *along = slope + g * s.features;  // hold the sums of totals and products
+        const float mean = mean_norm(own, s.features);
+        double shared = 0;
+        for (int64_t f = 0; f < s.features; ++f) shared += double(gamma[f] * along[f]) * std::sqrt(own[f] + TINY) / mean;
+        const float common = float(shared / double(s.features));
+        for (int64_t f = 0; f < s.features; ++f) {
+            const float norm = std::sqrt(own[f] + TINY), response = norm / mean;
+            d_gamma[f] += along[f] * response;
+            d_beta[f] += by[f];
+            along[f] = (gamma[f] * along[f] - common) / (mean * norm);
+            by[f] = 1.f + gamma[f] * response;
+        }
+    }
     over_rows(s, {totals}, [=](int64_t at, int64_t column, int64_t own, int64_t f, int lanes) {
-        const vec<N> value = load<N>(a + at, lanes), by = load<N>(scale + column, lanes);
-        const vec<N> da = load<N>(grad + at, lanes) * by + value * load<N>(slope + column, lanes);
+        const vec<N> a = load<N>(z + at, lanes), by = load<N>(scale + column, lanes);
+        const vec<N> da = load<N>(grad + at, lanes) * by + a * load<N>(slope + column, lanes);
         const vec<N> dh = da * load<N>(slopes + at, lanes);
         store<N>(grad + at, dh, lanes);
-        store<N>(a + at, value * by + load<N>(shift + f, lanes), lanes);
+        store<N>(z + at, a * by + load<N>(beta + f, lanes), lanes);
         add(totals + own, dh, lanes);
     });
+    add_runs(totals, products, s);
+    for (int64_t g = 0; g < s.groups; ++g)
+        for (int64_t f = 0; f < s.features; ++f) d_bias[f] += products[g * s.features + f];
 }
 
 // dy: the gradient of LayerNorm's input; normed: its output once more; sums: (runs, 2, C), the gradients of weight and bias.
@@ -122,7 +165,7 @@ void layer_norm_backward(const float* grad, const float* y, const float* mean, c
 
 }  // namespace
 
-// storage: 0 fp32, 1 bf16, 2 fp16 for h, grad, a and slopes; everything else is fp32. Returns 0, or 1 for another storage.
+// storage: 0 fp32, 1 bf16, 2 fp16 for h, grad, z and slopes; everything else is fp32. Returns 0, or 1 for another storage.
 #define FOR_STORAGE(CALL)                            \
     const Rows s{groups, rows, features, threads};   \
     switch (storage) {                               \
@@ -137,22 +180,16 @@ void layer_norm_backward(const float* grad, const float* y, const float* mean, c
 
 extern "C" {
 
-int fcmae_gelu_squares(const void* h, const float* bias, void* a, float* squares, SHAPE) {
-    FOR_STORAGE(gelu_squares(IN(h), bias, OUT(a), squares, s))
+int fcmae_gelu_grn(const void* h, const float* bias, const float* gamma, const float* beta, void* z, float* parts,
+                   float* scale, float* squares, SHAPE) {
+    FOR_STORAGE(gelu_grn(IN(h), bias, gamma, beta, OUT(z), parts, scale, squares, s))
 }
 
-int fcmae_gelu_affine(void* a, const float* scale, const float* shift, SHAPE) {
-    FOR_STORAGE(gelu_affine(OUT(a), scale, shift, s))
-}
-
-int fcmae_gelu_affine_sums(const void* h, const float* bias, const void* grad, void* a, void* slopes, float* products,
-                           float* totals, SHAPE) {
-    FOR_STORAGE(gelu_affine_sums(IN(h), bias, IN(grad), OUT(a), OUT(slopes), products, totals, s))
-}
-
-int fcmae_gelu_affine_backward(void* grad, void* a, const void* slopes, const float* scale, const float* shift,
-                               const float* slope, float* totals, SHAPE) {
-    FOR_STORAGE(gelu_affine_backward(OUT(grad), OUT(a), IN(slopes), scale, shift, slope, totals, s))
+int fcmae_gelu_grn_backward(const void* h, const float* bias, const float* gamma, const float* beta,
+                            const float* squares, void* grad, void* z, void* slopes, float* products, float* totals,
+                            float* scale, float* slope, float* sums, SHAPE) {
+    FOR_STORAGE(gelu_grn_backward(IN(h), bias, gamma, beta, squares, OUT(grad), OUT(z), OUT(slopes), products, totals,
+                                  scale, slope, sums, s))
 }
 
 int fcmae_layer_norm_backward(const float* grad, const float* y, const float* mean, const float* rstd,
