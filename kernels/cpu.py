@@ -61,12 +61,10 @@ def tile_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> T
     """`reference.tile_conv` in C++."""
     if not supports(x, weight.shape[-1]):
         return reference.tile_conv(x, weight, bias, tiles)
-    wide, y = _fp32(x), torch.empty(x.shape, dtype=torch.float32)
-    taps = _fp32(weight.reshape(weight.shape[0], 49).t())
-    bias = None if bias is None else _fp32(bias)
-    # The pointers' tensors have names here, and so outlive the call.
-    _call_conv("fcmae_tile_conv", x.shape, tiles, wide, taps, bias, y)
-    return y.to(x.dtype)
+    x, taps = x.contiguous(), _fp32(weight.reshape(weight.shape[0], 49).t())
+    y, bias = torch.empty_like(x), None if bias is None else _fp32(bias)
+    _call_conv("fcmae_tile_conv", x, tiles, x, taps, bias, y)
+    return y
 
 
 def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -74,8 +72,8 @@ def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tupl
     if not supports(x, k):
         return reference.tile_conv_weight_grad(x, grad, k, tiles)
     c = x.shape[-1]
-    wide, wide_grad, partial = _fp32(x), _fp32(grad), torch.empty(x.shape[0], 50, c, dtype=torch.float32)
-    _call_conv("fcmae_tile_conv_weight_grad", x.shape, tiles, wide, wide_grad, partial)
+    x, grad, partial = x.contiguous(), grad.to(x.dtype).contiguous(), torch.empty(x.shape[0], 50, c, dtype=torch.float32)
+    _call_conv("fcmae_tile_conv_weight_grad", x, tiles, x, grad, partial)
     total = partial.sum(0)  # one partial sum an image, added in order
     return total[:49].t().reshape(c, 1, 7, 7).contiguous(), total[49].clone()
 
@@ -133,18 +131,18 @@ def _fp32(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
-def _call_conv(name: str, shape: torch.Size, tiles: Tiles, *tensors: Tensor | None) -> None:
-    b, k, t, _, c = shape
+def _call_conv(name: str, x: Tensor, tiles: Tiles, *tensors: Tensor | None) -> None:
+    b, k, t, _, c = x.shape
     keep, slot = tiles.keep.contiguous(), tiles.slot.contiguous()
-    _call(name, (*tensors, keep, slot), (b, k, *tiles.grid, c), t)
+    _call(name, (*tensors, keep, slot), (b, k, *tiles.grid, c, t), STORAGE[x.dtype])
 
 
 def _call_rows(name: str, h: Tensor, *tensors: Tensor) -> None:
     _call(name, tensors, h.shape, STORAGE[h.dtype])
 
 
-def _call(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], kind: int) -> None:
+def _call(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], storage: int) -> None:
     pointers = [ctypes.c_void_p(0 if a is None else a.data_ptr()) for a in tensors]
     assert all(a is None or a.is_contiguous() for a in tensors), f"{name} takes contiguous tensors"
-    status = getattr(library()[0], name)(*pointers, *map(ctypes.c_int64, sizes), kind, torch.get_num_threads())
-    assert status == 0, f"{name} has no kernel for kind {kind}"
+    status = getattr(library()[0], name)(*pointers, *map(ctypes.c_int64, sizes), storage, torch.get_num_threads())
+    assert status == 0, f"{name} has no kernel for {sizes}, storage {storage}"

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 
-from fcmae.kernels import backends, cpu, reference
+from fcmae.kernels import backends, build, cpu, reference
 from helpers import TOLERANCE, close, tiles
 
 RUNS = {"avx512": "AVX512", "avx2": "AVX2", "portable": ""}
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 HERE = [
-    n for n in cpu.INSTRUCTION_SETS if n == "portable" or RUNS[n] in CAPABILITY or (n, CAPABILITY) == ("avx2", "AVX512")
+    n for n in build.INSTRUCTION_SETS if n == "portable" or RUNS[n] in CAPABILITY or (n, CAPABILITY) == ("avx2", "AVX512")
 ]
 GRIDS = [(1, 1), (1, 7), (2, 3), (7, 7), (9, 4), (16, 16)]
 CHANNELS = {8: (1, 19, 40), 4: (2, 7, 80), 2: (5, 33, 160), 1: (3, 65, 320)}

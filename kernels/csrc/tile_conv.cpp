@@ -1,38 +1,21 @@
-// Depthwise 7x7 convolution on packed visible tiles, fp32, channels-last, and its weight gradient.
+// Depthwise 7x7 convolution on packed visible tiles, channels-last, and its weight gradient.
 //
-// x, y, grad: (B, K, T, T, C). weight: (49, C), taps row-major. slot: (B, gh, gw), the place of a visible tile or -1.
-// A masked neighbour is skipped, never read or multiplied. One row of a tile (T pixels) times V vectors of channels stays
-// in registers over all taps; for small T more channels fill them. Compiled once for each instruction set.
+// x, y, grad: (B, K, T, T, C) of fp32, bf16 or fp16 (S); all sums in fp32. weight: (49, C), taps row-major. slot: (B, gh,
+// gw), the place of a visible tile or -1. A masked neighbour is skipped, never read or multiplied. One row of a tile (T
+// pixels) times V vectors of N channels stays in registers over all taps; for small T more channels fill them.
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
-#ifndef FCMAE_BYTES
-#define FCMAE_BYTES 16  // of one vector register
-#endif
+#include "vec.h"
+
+using namespace fcmae;
 
 namespace {
 
-template <int N>
-struct Lanes {
-    typedef float type __attribute__((vector_size(N * 4)));
-};
-template <>
-struct Lanes<1> {
-    typedef float type;
-};
-
-template <int N>
-inline typename Lanes<N>::type load(const float* p) {
-    typename Lanes<N>::type v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-template <int N>
-inline void store(float* p, typename Lanes<N>::type v) {
-    std::memcpy(p, &v, sizeof v);
-}
+template <int Value>
+using Constant = std::integral_constant<int, Value>;
 
 struct Geometry {
     int64_t images, keep, gh, gw, channels;
@@ -44,8 +27,8 @@ inline int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b);
 
 // Visits the visible tiles that row `row` of output tile (ty, tx) needs for tap row ky.
 // body(dx, input): dx the tile's column offset, input the first pixel of the row it contributes.
-template <int T, typename Body>
-inline void neighbours(const float* x, const int64_t* slot, const Geometry& g, int ty, int tx, int row, int ky, Body body) {
+template <int T, typename S, typename Body>
+inline void neighbours(const S* x, const int64_t* slot, const Geometry& g, int ty, int tx, int row, int ky, Body body) {
     const int iy = row + ky - 3, dy = floor_div(iy, T), inner = iy - dy * T;
     const int ny = ty + dy;
     if (ny < 0 || ny >= g.gh) return;
@@ -57,13 +40,12 @@ inline void neighbours(const float* x, const int64_t* slot, const Geometry& g, i
 }
 
 // acc[o] += x[j] * w[kx] for every pixel j of a tile DX columns away and every output o it reaches.
-template <int T, int V, int N, int DX>
-inline void taps(typename Lanes<N>::type (&acc)[T][V], const float* x, const float* w, int64_t channels) {
-    using vec = typename Lanes<N>::type;
+template <int T, int V, int N, int DX, typename S>
+inline void taps(vec<N> (&acc)[T][V], const S* x, const float* w, int64_t channels) {
 #pragma GCC unroll 8
     for (int j = 0; j < T; ++j) {
         if (DX * T + j - (T - 1) > 3 || DX * T + j < -3) continue;
-        vec pixel[V];
+        vec<N> pixel[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) pixel[v] = load<N>(x + j * channels + v * N);
 #pragma GCC unroll 8
@@ -76,37 +58,39 @@ inline void taps(typename Lanes<N>::type (&acc)[T][V], const float* x, const flo
     }
 }
 
-template <int T, int V, int N>
-inline void dispatch(int dx, typename Lanes<N>::type (&acc)[T][V], const float* x, const float* w, int64_t channels) {
+// body(dx as a constant), for a column offset that a halo can have.
+template <int T, typename Body>
+inline void dispatch(int dx, Body body) {
     switch (dx) {
-        case -3: if constexpr (reach(T) >= 3) taps<T, V, N, -3>(acc, x, w, channels); break;
-        case -2: if constexpr (reach(T) >= 2) taps<T, V, N, -2>(acc, x, w, channels); break;
-        case -1: taps<T, V, N, -1>(acc, x, w, channels); break;
-        case 0: taps<T, V, N, 0>(acc, x, w, channels); break;
-        case 1: taps<T, V, N, 1>(acc, x, w, channels); break;
-        case 2: if constexpr (reach(T) >= 2) taps<T, V, N, 2>(acc, x, w, channels); break;
-        case 3: if constexpr (reach(T) >= 3) taps<T, V, N, 3>(acc, x, w, channels); break;
+        case -3: if constexpr (reach(T) >= 3) body(Constant<-3>()); break;
+        case -2: if constexpr (reach(T) >= 2) body(Constant<-2>()); break;
+        case -1: body(Constant<-1>()); break;
+        case 0: body(Constant<0>()); break;
+        case 1: body(Constant<1>()); break;
+        case 2: if constexpr (reach(T) >= 2) body(Constant<2>()); break;
+        case 3: if constexpr (reach(T) >= 3) body(Constant<3>()); break;
     }
 }
 
 // One image, channels [c, c + V*N).
-template <int T, int V, int N>
-void forward_image(const float* x, const float* weight, const float* bias, float* y, const int64_t* keep,
+template <int T, int V, int N, typename S>
+void forward_image(const S* x, const float* weight, const float* bias, S* y, const int64_t* keep,
                    const int64_t* slot, const Geometry& g, int64_t c) {
-    using vec = typename Lanes<N>::type;
     for (int64_t k = 0; k < g.keep; ++k) {
         const int ty = keep[k] / g.gw, tx = keep[k] % g.gw;
         for (int row = 0; row < T; ++row) {
-            vec acc[T][V];
+            vec<N> acc[T][V];
             for (int v = 0; v < V; ++v) {
-                const vec start = bias ? load<N>(bias + c + v * N) : vec{};
+                const vec<N> start = bias ? load<N>(bias + c + v * N) : vec<N>{};
                 for (int o = 0; o < T; ++o) acc[o][v] = start;
             }
             for (int ky = 0; ky < 7; ++ky)
-                neighbours<T>(x + c, slot, g, ty, tx, row, ky, [&](int dx, const float* input) {
-                    dispatch<T, V, N>(dx, acc, input, weight + ky * 7 * g.channels + c, g.channels);
+                neighbours<T>(x + c, slot, g, ty, tx, row, ky, [&](int dx, const S* input) {
+                    dispatch<T>(dx, [&](auto offset) {
+                        taps<T, V, N, offset()>(acc, input, weight + ky * 7 * g.channels + c, g.channels);
+                    });
                 });
-            float* out = y + ((k * T + row) * T) * g.channels + c;
+            S* out = y + ((k * T + row) * T) * g.channels + c;
             for (int o = 0; o < T; ++o)
                 for (int v = 0; v < V; ++v) store<N>(out + o * g.channels + v * N, acc[o][v]);
         }
@@ -114,9 +98,8 @@ void forward_image(const float* x, const float* weight, const float* bias, float
 }
 
 // sum over the outputs o of a row: acc[kx] += x[j] * grad[o].
-template <int T, int N, int DX>
-inline void grad_taps(typename Lanes<N>::type (&acc)[7], const float* x, const typename Lanes<N>::type (&grad)[T],
-                      int64_t channels) {
+template <int T, int N, int DX, typename S>
+inline void grad_taps(vec<N> (&acc)[7], const S* x, const vec<N> (&grad)[T], int64_t channels) {
 #pragma GCC unroll 8
     for (int j = 0; j < T; ++j) {
         if (DX * T + j - (T - 1) > 3 || DX * T + j < -3) continue;
@@ -130,31 +113,22 @@ inline void grad_taps(typename Lanes<N>::type (&acc)[7], const float* x, const t
 }
 
 // One image, channels [c, c + N): partial sums (50, C) of the 49 taps and the bias.
-template <int T, int N>
-void weight_grad_image(const float* x, const float* grad, float* partial, const int64_t* keep, const int64_t* slot,
+template <int T, int N, typename S>
+void weight_grad_image(const S* x, const S* grad, float* partial, const int64_t* keep, const int64_t* slot,
                        const Geometry& g, int64_t c) {
-    using vec = typename Lanes<N>::type;
-    vec bias{};
+    vec<N> bias{};
     for (int ky = 0; ky < 7; ++ky) {
-        vec total[7] = {};
+        vec<N> total[7] = {};
         for (int64_t k = 0; k < g.keep; ++k) {
             const int ty = keep[k] / g.gw, tx = keep[k] % g.gw;
-            vec acc[7] = {}, tile_bias{};  // a sum per tile first: shorter sums round less
+            vec<N> acc[7] = {}, tile_bias{};  // a sum per tile first: shorter sums round less
             for (int row = 0; row < T; ++row) {
-                vec go[T];
+                vec<N> go[T];
                 for (int o = 0; o < T; ++o) go[o] = load<N>(grad + ((k * T + row) * T + o) * g.channels + c);
                 if (ky == 0)
                     for (int o = 0; o < T; ++o) tile_bias += go[o];
-                neighbours<T>(x + c, slot, g, ty, tx, row, ky, [&](int dx, const float* input) {
-                    switch (dx) {
-                        case -3: if constexpr (reach(T) >= 3) grad_taps<T, N, -3>(acc, input, go, g.channels); break;
-                        case -2: if constexpr (reach(T) >= 2) grad_taps<T, N, -2>(acc, input, go, g.channels); break;
-                        case -1: grad_taps<T, N, -1>(acc, input, go, g.channels); break;
-                        case 0: grad_taps<T, N, 0>(acc, input, go, g.channels); break;
-                        case 1: grad_taps<T, N, 1>(acc, input, go, g.channels); break;
-                        case 2: if constexpr (reach(T) >= 2) grad_taps<T, N, 2>(acc, input, go, g.channels); break;
-                        case 3: if constexpr (reach(T) >= 3) grad_taps<T, N, 3>(acc, input, go, g.channels); break;
-                    }
+                neighbours<T>(x + c, slot, g, ty, tx, row, ky, [&](int dx, const S* input) {
+                    dispatch<T>(dx, [&](auto offset) { grad_taps<T, N, offset()>(acc, input, go, g.channels); });
                 });
             }
             for (int kx = 0; kx < 7; ++kx) total[kx] += acc[kx];
@@ -165,25 +139,15 @@ void weight_grad_image(const float* x, const float* grad, float* partial, const 
     store<N>(partial + 49 * g.channels + c, bias);
 }
 
-constexpr int WIDTH = FCMAE_BYTES / 4;
-
 // Vectors of channels that a row of T pixels leaves registers for (16 of them, AVX2).
 constexpr int depth(int t) { return t >= 8 ? 1 : t == 4 ? 2 : 4; }
 
-template <int T, int V, int N>
-int64_t forward_blocks(const float* x, const float* weight, const float* bias, float* y, const int64_t* keep,
-                       const int64_t* slot, const Geometry& g, int64_t c, int64_t end) {
-    for (; c + V * N <= end; c += V * N) forward_image<T, V, N>(x, weight, bias, y, keep, slot, g, c);
-    if constexpr (V > 1) return forward_blocks<T, V / 2, N>(x, weight, bias, y, keep, slot, g, c, end);
-    else if constexpr (N > 1) return forward_blocks<T, 1, (N > 4 ? N / 2 : 1)>(x, weight, bias, y, keep, slot, g, c, end);
-    return c;
-}
-
-template <int T, int N>
-void weight_grad_blocks(const float* x, const float* grad, float* partial, const int64_t* keep, const int64_t* slot,
-                        const Geometry& g, int64_t c, int64_t end) {
-    for (; c + N <= end; c += N) weight_grad_image<T, N>(x, grad, partial, keep, slot, g, c);
-    if constexpr (N > 1) weight_grad_blocks<T, (N > 4 ? N / 2 : 1)>(x, grad, partial, keep, slot, g, c, end);
+// body(c, vectors, lanes) for channels [c, c + vectors * lanes), both constants, until `end`: full width first.
+template <int V, int N, typename Body>
+void blocks(int64_t c, int64_t end, Body body) {
+    for (; c + V * N <= end; c += V * N) body(c, Constant<V>(), Constant<N>());
+    if constexpr (V > 1) blocks<V / 2, N>(c, end, body);
+    else if constexpr (N > 1) blocks<1, (N > 4 ? N / 2 : 1)>(c, end, body);
 }
 
 // Work is cut into (image, block of channels); small enough to balance, large enough to amortize the tables.
@@ -198,41 +162,41 @@ struct Cut {
     }
 };
 
-template <int T>
-void forward(const float* x, const float* weight, const float* bias, float* y, const int64_t* keep, const int64_t* slot,
+// body(image, c, vectors, lanes), in parallel.
+template <int V, typename Body>
+void over_blocks(const Geometry& g, int threads, Body body) {
+    const Cut cut(g, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < g.images * cut.blocks; ++i) {
+        const int64_t b = i / cut.blocks, first = i % cut.blocks * cut.block;
+        blocks<V, WIDTH>(first, std::min(first + cut.block, g.channels),
+                         [&](int64_t c, auto vectors, auto lanes) { body(b, c, vectors, lanes); });
+    }
+}
+
+template <int T, typename S>
+void forward(const S* x, const float* weight, const float* bias, S* y, const int64_t* keep, const int64_t* slot,
              const Geometry& g, int threads) {
-    const Cut cut(g, threads);
     const int64_t size = g.keep * T * T * g.channels;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < g.images * cut.blocks; ++i) {
-        const int64_t b = i / cut.blocks, c = i % cut.blocks * cut.block;
-        forward_blocks<T, depth(T), WIDTH>(x + b * size, weight, bias, y + b * size, keep + b * g.keep,
-                                           slot + b * g.gh * g.gw, g, c, std::min(c + cut.block, g.channels));
-    }
+    over_blocks<depth(T)>(g, threads, [=](int64_t b, int64_t c, auto vectors, auto lanes) {
+        forward_image<T, vectors(), lanes()>(x + b * size, weight, bias, y + b * size, keep + b * g.keep,
+                                             slot + b * g.gh * g.gw, g, c);
+    });
 }
 
-template <int T>
-void weight_grad(const float* x, const float* grad, float* partial, const int64_t* keep, const int64_t* slot,
-                 const Geometry& g, int threads) {
-    const Cut cut(g, threads);
+template <int T, typename S>
+void weight_grad(const S* x, const S* grad, float* partial, const int64_t* keep, const int64_t* slot, const Geometry& g,
+                 int threads) {
     const int64_t size = g.keep * T * T * g.channels;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < g.images * cut.blocks; ++i) {
-        const int64_t b = i / cut.blocks, c = i % cut.blocks * cut.block;
-        weight_grad_blocks<T, WIDTH>(x + b * size, grad + b * size, partial + b * 50 * g.channels, keep + b * g.keep,
-                                     slot + b * g.gh * g.gw, g, c, std::min(c + cut.block, g.channels));
-    }
+    over_blocks<1>(g, threads, [=](int64_t b, int64_t c, auto, auto lanes) {
+        weight_grad_image<T, lanes()>(x + b * size, grad + b * size, partial + b * 50 * g.channels, keep + b * g.keep,
+                                      slot + b * g.gh * g.gw, g, c);
+    });
 }
 
-}  // namespace
-
-extern "C" {
-
-// Returns 0, or 1 for a tile size without a kernel.
-int fcmae_tile_conv(const float* x, const float* weight, const float* bias, float* y, const int64_t* keep,
-                    const int64_t* slot, int64_t images, int64_t visible, int64_t gh, int64_t gw, int64_t channels,
-                    int tile, int threads) {
-    const Geometry g{images, visible, gh, gw, channels};
+template <typename S>
+int forward_any(int tile, const S* x, const float* weight, const float* bias, S* y, const int64_t* keep,
+                const int64_t* slot, const Geometry& g, int threads) {
     switch (tile) {
         case 8: forward<8>(x, weight, bias, y, keep, slot, g, threads); return 0;
         case 4: forward<4>(x, weight, bias, y, keep, slot, g, threads); return 0;
@@ -242,11 +206,9 @@ int fcmae_tile_conv(const float* x, const float* weight, const float* bias, floa
     return 1;
 }
 
-// partial: (B, 50, C), summed over B by the caller, in order: bitwise repeatable whatever the threads.
-int fcmae_tile_conv_weight_grad(const float* x, const float* grad, float* partial, const int64_t* keep,
-                                const int64_t* slot, int64_t images, int64_t visible, int64_t gh, int64_t gw,
-                                int64_t channels, int tile, int threads) {
-    const Geometry g{images, visible, gh, gw, channels};
+template <typename S>
+int weight_grad_any(int tile, const S* x, const S* grad, float* partial, const int64_t* keep, const int64_t* slot,
+                    const Geometry& g, int threads) {
     switch (tile) {
         case 8: weight_grad<8>(x, grad, partial, keep, slot, g, threads); return 0;
         case 4: weight_grad<4>(x, grad, partial, keep, slot, g, threads); return 0;
@@ -254,5 +216,33 @@ int fcmae_tile_conv_weight_grad(const float* x, const float* grad, float* partia
         case 1: weight_grad<1>(x, grad, partial, keep, slot, g, threads); return 0;
     }
     return 1;
+}
+
+}  // namespace
+
+// storage of x, y and grad: 0 fp32, 1 bf16, 2 fp16. Returns 0, or 1 for a tile size or storage without a kernel.
+#define FOR_STORAGE(CALL)                            \
+    const Geometry g{images, visible, gh, gw, channels}; \
+    switch (storage) {                               \
+        case 0: { using S = float; return CALL; }    \
+        case 1: { using S = bf16; return CALL; }     \
+        case 2: { using S = fp16; return CALL; }     \
+    }                                                \
+    return 1;
+#define IN(p) static_cast<const S*>(p)
+#define OUT(p) static_cast<S*>(p)
+#define SHAPE int64_t images, int64_t visible, int64_t gh, int64_t gw, int64_t channels, int64_t tile, int storage, int threads
+
+extern "C" {
+
+int fcmae_tile_conv(const void* x, const float* weight, const float* bias, void* y, const int64_t* keep,
+                    const int64_t* slot, SHAPE) {
+    FOR_STORAGE(forward_any(int(tile), IN(x), weight, bias, OUT(y), keep, slot, g, threads))
+}
+
+// partial: (B, 50, C), summed over B by the caller, in order: bitwise repeatable whatever the threads.
+int fcmae_tile_conv_weight_grad(const void* x, const void* grad, float* partial, const int64_t* keep,
+                                const int64_t* slot, SHAPE) {
+    FOR_STORAGE(weight_grad_any(int(tile), IN(x), IN(grad), partial, keep, slot, g, threads))
 }
 }
