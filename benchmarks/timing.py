@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fcmae.kernels import active
+from fcmae.kernels.devices import active
 
 
 def interleaved(arms: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -74,7 +74,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "kernels": active(device.type),
+        "kernels": active(device),
         "date": datetime.date.today().isoformat(),
     }
     if device.type == "cuda":

@@ -97,9 +97,7 @@ def arms(model: FCMAE, images: torch.Tensor, tiles: Tiles, dtype, whole: bool) -
     compiled = torch.compile(model if whole else model.encoder, dynamic=False)
     if whole:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-        made = {
-            name: partial(whole_step, model, model, images, name, optimizer, tiles, dtype) for name in BACKENDS
-        }
+        made = {name: partial(whole_step, model, model, images, name, optimizer, tiles, dtype) for name in BACKENDS}
         made["dense compiled"] = partial(whole_step, compiled, model, images, "dense", optimizer, tiles, dtype)
         return made
     eager = partial(encoder_step, model.encoder, model, images)
@@ -158,7 +156,10 @@ def main() -> None:
 
     made = ratios(found)
     tflops = gflop / found["native"]["median_s"] / 1e3
-    print(f"{args.model}, B={args.batch_size}, {args.image_size} px, mask {args.mask_ratio}, {args.dtype}: {machine(device)}")
+    print(
+        f"{args.model}, B={args.batch_size}, {args.image_size} px, mask {args.mask_ratio}, {args.dtype}:",
+        machine(device),
+    )
     rows = [
         [name, f"{a['median_s'] * 1e3:.1f}", f"{a['q1_s'] * 1e3:.1f}-{a['q3_s'] * 1e3:.1f}", f"{a['peak_mb']:.0f}"]
         for name, a in found.items()

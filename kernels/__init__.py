@@ -7,16 +7,15 @@ if __name__ == "kernels":
     )
 
 
-def active(device_type: str) -> str:
-    """What the `native` backend runs on a kind of device, such as "C++, avx2"; may compile the CPU kernels."""
-    if device_type != "cpu":
-        return f"PyTorch reference (no {device_type} kernels in this version)"
-    from fcmae.kernels import cpu
-
-    kernels, what = cpu.library()
-    return what if kernels else f"PyTorch reference ({what})"
-
-
 def backends() -> dict[str, str]:
-    """`active` for every kind of device: a fallback is never silent."""
-    return {device_type: active(device_type) for device_type in ("cpu", "cuda", "mps")}
+    """What the `native` backend runs on each device that is here: a fallback is never silent."""
+    import torch
+
+    from fcmae.kernels.devices import active
+
+    devices = [
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
+    return {name: active(torch.device(name)) for name in devices}

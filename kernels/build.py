@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels for the CPU: when the package is installed, or else at first use, once for each machine type.
+"""Compiles the C++ kernels for the CPU: when the package is installed, or else at first use, once a machine type.
 
 Knows nothing of torch and imports only the standard library, because `setup.py` runs it where there is no torch. The
 library it makes has a C interface, so it builds in seconds and serves every version of torch and Python.

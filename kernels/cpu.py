@@ -72,7 +72,11 @@ def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tupl
     if not supports(x, k):
         return reference.tile_conv_weight_grad(x, grad, k, tiles)
     c = x.shape[-1]
-    x, grad, partial = x.contiguous(), grad.to(x.dtype).contiguous(), torch.empty(x.shape[0], 50, c, dtype=torch.float32)
+    x, grad, partial = (
+        x.contiguous(),
+        grad.to(x.dtype).contiguous(),
+        torch.empty(x.shape[0], 50, c, dtype=torch.float32),
+    )
     _call_conv("fcmae_tile_conv_weight_grad", x, tiles, x, grad, partial)
     total = partial.sum(0)  # one partial sum an image, added in order
     return total[:49].t().reshape(c, 1, 7, 7).contiguous(), total[49].clone()

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from types import ModuleType
 
-from torch import Tensor
+import torch
 
 from fcmae.kernels import cpu, reference
 
+OLDEST_NVIDIA = (8, 0)  # Ampere
 
-def kernels_for(x: Tensor, native: bool) -> ModuleType:
-    """The module to use for a tensor: the device's own if `native` asks for it and there is one."""
-    if native and x.device.type == "cpu":
+
+def kernels_for(device: torch.device, native: bool) -> ModuleType:
+    """The module to use for tensors on a device: the device's own if `native` asks for it and there is one."""
+    if native and device.type == "cpu":
         return cpu
+    if native and device.type == "cuda" and triton_on(device)[0]:
+        from fcmae.kernels import gpu
+
+        return gpu
     return reference
+
+
+@functools.cache
+def triton_on(device: torch.device) -> tuple[bool, str]:
+    """Whether a GPU runs the Triton kernels, and what to call them or why it does not."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip:
+        return True, f"Triton, {name}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_NVIDIA:
+        return False, f"{name} is older than Ampere, which the Triton kernels need"
+    return True, f"Triton, {name}"
+
+
+def active(device: torch.device) -> str:
+    """What the `native` backend runs on a device, such as "C++, avx2"; may compile the CPU kernels."""
+    if device.type == "cpu":
+        found, what = cpu.library()
+    elif device.type == "cuda":
+        found, what = triton_on(device)
+    else:
+        found, what = None, f"no kernels for {device.type}"
+    return what if found else f"PyTorch reference ({what})"

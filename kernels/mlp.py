@@ -36,8 +36,8 @@ LAYER_NORM_EPS = 1e-6
 def forward(
     kernels: ModuleType, shortcut: Tensor, y: Tensor, w: Weights, groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out (R, C) in shortcut's dtype, and for the backward: h (R, F), LayerNorm's mean and rstd (R, 1), squares (G, F)."""
-    (rows, _), features = y.shape, w.w1.shape[0]
+    """out (R, C) in shortcut's dtype, and for the backward: h (R, F), LayerNorm's mean, rstd (R, 1), squares (G, F)."""
+    y, (rows, _), features = y.contiguous(), y.shape, w.w1.shape[0]
     n = rows // groups
     out, h = torch.empty_like(shortcut), y.new_empty(rows, features, dtype=w.w1.dtype)
     means, rstds, squares = [], [], []
@@ -66,7 +66,7 @@ def backward(
     squares: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of y and of each weight (the shortcut's is grad itself)."""
-    groups, features = squares.shape
+    y, (groups, features) = y.contiguous(), squares.shape
     n = h.shape[0] // groups
     b1, gamma, beta = (p.to(_wide(h)) for p in (w.b1, w.gamma, w.beta))
     norm_weight, norm_bias = w.norm_weight.to(_wide(y)), w.norm_bias.to(_wide(y))
@@ -81,9 +81,7 @@ def backward(
         hg, zg, dhg = (t.view(-1, n, features) for t in (h[r], z, dh))
         squares_r = squares[r.start // n : r.stop // n]
         db1, d_gamma, d_beta = kernels.gelu_grn_backward(hg, b1, gamma, beta, squares_r, dhg, zg)
-        dnw, dnb = kernels.layer_norm_backward(
-            dh @ w.w1, y[r], mean[r], rstd[r], norm_weight, norm_bias, dy[r], normed
-        )
+        dnw, dnb = kernels.layer_norm_backward(dh @ w.w1, y[r], mean[r], rstd[r], norm_weight, norm_bias, dy[r], normed)
         sums = _add(sums, (dnw, dnb, (dh.t(), normed), db1, d_gamma, d_beta, (g.t(), z), g.sum(0)))
     return dy, *(s.to(p.dtype) for s, p in zip(sums, w, strict=True))
 
@@ -104,7 +102,10 @@ def _add(sums: list[Tensor] | None, parts: tuple) -> list[Tensor]:
 
 
 def _layer_norm(y: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.native_layer_norm(y, y.shape[1:], w.norm_weight, w.norm_bias, LAYER_NORM_EPS)
+    wide = _wide(y)  # torch's kernels for the GPU take one dtype
+    return torch.native_layer_norm(
+        y.to(wide), y.shape[1:], w.norm_weight.to(wide), w.norm_bias.to(wide), LAYER_NORM_EPS
+    )
 
 
 def _wide(x: Tensor) -> torch.dtype:

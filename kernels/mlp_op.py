@@ -20,13 +20,13 @@ SCHEMA = ", ".join(f"Tensor {name}" for name in Weights._fields)
 @torch.library.custom_op(
     "fcmae::block_mlp",
     mutates_args=(),
-    schema=f"(Tensor shortcut, Tensor y, {SCHEMA}, SymInt groups, bool native) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor shortcut, Tensor y, {SCHEMA}, SymInt groups, bool native) -> ({', '.join(['Tensor'] * 5)})",
 )
 def block_mlp(shortcut, y, *rest):
     """`mlp.forward`: shortcut, y (R, C), then `Weights`, the number of GRN groups, whether to use native kernels."""
     *weights, groups, native = rest
     w = Weights(*weights)
-    return mlp.forward(kernels_for(y, native), shortcut, y, w, groups)
+    return mlp.forward(kernels_for(y.device, native), shortcut, y, w, groups)
 
 
 @block_mlp.register_fake
@@ -51,7 +51,7 @@ def block_mlp_backward(grad, y, *rest):
     """`mlp.backward`."""
     *weights, h, mean, rstd, squares, native = rest
     w = Weights(*weights)
-    return mlp.backward(kernels_for(y, native), grad, y, w, h, mean, rstd, squares)
+    return mlp.backward(kernels_for(y.device, native), grad, y, w, h, mean, rstd, squares)
 
 
 @block_mlp_backward.register_fake

@@ -4,8 +4,8 @@ Two ops are closed under differentiation, so that gradients of any order need no
 the input gradient of `tile_conv` is `tile_conv` with the weight flipped, and both gradients of
 `tile_conv_weight_grad`, which is bilinear in its inputs, are `tile_conv` again.
 
-An op's body is the PyTorch reference, and so the fallback on every device; with `native`, the device's own kernel runs
-where there is one. `mask, keep, slot` are the fields of `Tiles`.
+An op's body runs the PyTorch reference, or with `native` the device's own kernel where there is one. `mask, keep, slot`
+are the fields of `Tiles`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcmae.kernels import cpu, reference
+from fcmae.kernels.devices import kernels_for
 from fcmae.kernels.tiles import Tiles
 
 
@@ -22,13 +22,7 @@ def tile_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, keep: Tensor, slot: Tensor, native: bool
 ) -> Tensor:
     """Submanifold depthwise convolution; see `reference.tile_conv`."""
-    return reference.tile_conv(x, weight, bias, Tiles(mask, keep, slot))
-
-
-@tile_conv.register_kernel("cpu")
-def _(x, weight, bias, mask, keep, slot, native):
-    kernels = cpu if native else reference
-    return kernels.tile_conv(x, weight, bias, Tiles(mask, keep, slot))
+    return kernels_for(x.device, native).tile_conv(x, weight, bias, Tiles(mask, keep, slot))
 
 
 @tile_conv.register_fake
@@ -41,13 +35,7 @@ def tile_conv_weight_grad(
     x: Tensor, grad: Tensor, k: int, mask: Tensor, keep: Tensor, slot: Tensor, native: bool
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias gradients of `tile_conv`; see `reference.tile_conv_weight_grad`."""
-    return reference.tile_conv_weight_grad(x, grad, k, Tiles(mask, keep, slot))
-
-
-@tile_conv_weight_grad.register_kernel("cpu")
-def _(x, grad, k, mask, keep, slot, native):
-    kernels = cpu if native else reference
-    return kernels.tile_conv_weight_grad(x, grad, k, Tiles(mask, keep, slot))
+    return kernels_for(x.device, native).tile_conv_weight_grad(x, grad, k, Tiles(mask, keep, slot))
 
 
 @tile_conv_weight_grad.register_fake

@@ -57,17 +57,17 @@ def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tupl
 
 
 def response(squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """GRN's statistics of sums of squares (G, F): the norm (G, F), the response N = norm / mean, and the mean (G, 1)."""
+    """GRN's statistics of sums of squares (G, F): norm (G, F), response N = norm / mean (G, F), mean (G, 1)."""
     norm = (squares + TINY).sqrt()
     mean = norm.mean(-1, keepdim=True) + GRN_EPS
     return norm, norm / mean, mean
 
 
 def gelu_grn(h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, z: Tensor) -> Tensor:
-    """Fills z with GRN(gelu(h + bias)), that is a + gamma * N * a + beta; returns the groups' sums of a^2, (G, F) in fp32.
+    """Fills z with GRN(gelu(h + bias)), which is a + gamma * N * a + beta; returns each group's sums of a^2, (G, F).
 
-    h, z: (G, n, F); GRN pools over the n rows of a group. bias, gamma, beta: (F,) in fp32. The bias is added here because
-    a matmul on a CPU would make a pass of its own for it.
+    h, z: (G, n, F); GRN pools over the n rows of a group. bias, gamma, beta: (F,) in fp32. The bias is added here
+    because a matmul on a CPU would make a pass of its own for it.
     """
     a = F.gelu(_wide(h) + bias)
     squares = a.square().sum(1)
@@ -108,7 +108,7 @@ def grn_backward(gamma: Tensor, squares: Tensor, products: Tensor) -> tuple[Tens
 def layer_norm_backward(
     grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, normed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fills dy with the gradient of LayerNorm's input and normed with its output; returns weight's and bias's gradients.
+    """Fills dy with the gradient of LayerNorm's input, normed with its output; returns weight's and bias's gradients.
 
     grad, y, dy, normed: (R, C). mean, rstd: (R, 1) in fp32. weight, bias and what is returned: (C,) in fp32.
     """

@@ -9,11 +9,24 @@ import torch
 
 from fcmae.kernels import backends, build, cpu, reference
 from helpers import TOLERANCE, close, tiles
+from row_kernels import (
+    DTYPES,
+    ROWS,
+    SHAPES,
+    check_exactness,
+    check_gelu,
+    check_huge,
+    check_norm,
+    check_tails,
+    gelu_inputs,
+)
 
 RUNS = {"avx512": "AVX512", "avx2": "AVX2", "portable": ""}
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 HERE = [
-    n for n in build.INSTRUCTION_SETS if n == "portable" or RUNS[n] in CAPABILITY or (n, CAPABILITY) == ("avx2", "AVX512")
+    n
+    for n in build.INSTRUCTION_SETS
+    if n == "portable" or RUNS[n] in CAPABILITY or (n, CAPABILITY) == ("avx2", "AVX512")
 ]
 GRIDS = [(1, 1), (1, 7), (2, 3), (7, 7), (9, 4), (16, 16)]
 CHANNELS = {8: (1, 19, 40), 4: (2, 7, 80), 2: (5, 33, 160), 1: (3, 65, 320)}
@@ -74,6 +87,45 @@ def test_what_is_not_supported_runs_the_reference():
     x, weight = torch.randn(2, 4, 8, 8, 5), torch.randn(5, 1, 5, 5)
     assert not cpu.supports(x.double(), 7) and not cpu.supports(x, 5) and not cpu.supports(x[:, :, :6, :6], 7)
     assert torch.equal(cpu.tile_conv(x, weight, None, t), reference.tile_conv(x, weight, None, t))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu_and_grn_agree_with_the_reference(instructions, shape, dtype):
+    check_gelu(cpu, *gelu_inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_where_its_tails_are_all_there_is(instructions, dtype):
+    check_tails(cpu, dtype)
+
+
+def test_gelu_is_exact_to_fp32(instructions):
+    check_exactness(cpu)
+
+
+@pytest.mark.parametrize("size", [100.0, 1e4, 1e15])
+def test_gelu_of_huge_values_stays_finite(instructions, size):
+    check_huge(cpu, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROWS)
+def test_layer_norm_agrees_with_the_reference(instructions, shape, dtype):
+    check_norm(cpu, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_rounded_as_torch_rounds_it(instructions, dtype):
+    """Every finite and infinite value of the dtype survives, and fp32 goes to the nearest even one."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    every = every[~every.isnan()]
+    ties = torch.cat([every.float() * s for s in (1.0, 1 + 2**-9, 1 + 2**-11, 1 + 2**-12, 1 - 2**-10)]).to(dtype)
+    x = ties.view(1, 1, 1, 1, -1).contiguous()
+    weight = torch.zeros(x.shape[-1], 1, 7, 7)
+    weight[:, 0, 3, 3] = 1 + torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(0)) / 64
+    ours = cpu.tile_conv(x, weight, None, tiles(1, (1, 1), 1))
+    assert torch.equal(ours.flatten(), (x.float().flatten() * weight[:, 0, 3, 3]).to(dtype))
 
 
 SHOW = "import fcmae.kernels; print(fcmae.kernels.backends()['cpu'])"

@@ -11,7 +11,7 @@ import torch
 
 import fcmae
 from fcmae.config import Config
-from fcmae.kernels import active
+from fcmae.kernels.devices import active
 from fcmae.masking import grid_size, keep_count
 from fcmae.train.distributed import World
 from fcmae.train.run_folder import RunFolder
@@ -26,7 +26,7 @@ def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, wor
     h, w = model.image_size
     gh, gw = grid_size(model.image_size, model.mask_unit)
     keep = keep_count(gh * gw, model.mask_ratio)
-    native = f": {active(world.device.type)}" if model.backend == "native" else ""
+    native = f": {active(world.device)}" if model.backend == "native" else ""
     compiled = ", compiled (the first step takes long)" if config.train.compile else ""
     images = f"{schedule.dataset_size:,} images"
     rows = {
