@@ -26,6 +26,11 @@ INSTRUCTION_SETS = {
 }
 
 
+def instruction_sets(machine: str) -> list[str]:
+    """Those that a kind of machine, such as x86_64, may have."""
+    return list(INSTRUCTION_SETS) if machine.lower() in ("x86_64", "amd64") else ["portable"]
+
+
 def flags(name: str) -> list[str]:
     """The compiler's flags for an instruction set. Without -ffp-contract GCC would not use the FMA instructions."""
     machine, vector_bytes = INSTRUCTION_SETS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from fcmae.kernels import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "fcmae", "kernels", "configs"]
@@ -19,24 +22,35 @@ def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built offline from a copy so that the checkout stays clean."""
-    pytest.importorskip("setuptools")
-    pytest.importorskip("wheel")
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+def copy_sources(to: Path) -> None:
+    """The sources without what was built from them, so that the checkout stays clean."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "lib")
+    to.mkdir()
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=ignore)
+            shutil.copytree(source, to / name, ignore=ignore)
         else:
-            shutil.copy(source, copy)
+            shutil.copy(source, to)
+
+
+def build_wheel(source: Path, out: Path, **env: str) -> Path:
+    """The wheel, built offline."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    built = subprocess.run([*command, "-w", str(out), str(copy)], capture_output=True, text=True)
+    built = subprocess.run(
+        [*command, "-w", str(out), str(source)], capture_output=True, text=True, env=os.environ | env
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    pytest.importorskip("setuptools")
+    pytest.importorskip("wheel")
+    copy_sources(tmp_path_factory.getbasetemp() / "source")
+    return build_wheel(tmp_path_factory.getbasetemp() / "source", tmp_path_factory.mktemp("wheel"))
 
 
 def test_wheel_holds_one_top_level_name(wheel):
@@ -52,6 +66,33 @@ def test_wheel_holds_every_module_config_and_the_licence(wheel):
     assert len(configs) >= 8
     assert expected | configs <= names
     assert any(".dist-info/" in name and name.endswith("LICENSE") for name in names)
+
+
+def test_wheel_holds_the_compiled_kernels_of_every_instruction_set(wheel):
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler (g++ or clang++)")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")}
+    sets = build.instruction_sets(platform.machine())
+    assert names == {f"fcmae/kernels/lib/{build.file_name(name)}" for name in sets}
+    python_tag, abi, tag = wheel.stem.split("-")[-3:]
+    assert (python_tag, abi) == ("py3", "none") and tag != "any"
+
+
+def test_an_installed_wheel_runs_the_kernels_it_holds(wheel, tmp_path):
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler (g++ or clang++)")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import fcmae.kernels; print(fcmae.kernels.backends()['cpu'])"
+    bare = {"CXX": "no-such-compiler", "PATH": "", "XDG_CACHE_HOME": str(tmp_path), "FCMAE_CPU": "portable"}
+    done = python(code, tmp_path, PYTHONPATH=str(tmp_path / "site"), **bare)
+    assert done.stdout.strip() == "C++, portable" and not done.stderr, done.stderr
+
+
+def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path):
+    copy_sources(tmp_path / "source")
+    path = build_wheel(tmp_path / "source", tmp_path / "wheel", CXX="no-such-compiler", PATH="")
+    assert path.stem.endswith("py3-none-any")
+    assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
 
 
 def test_wheel_metadata(wheel):
