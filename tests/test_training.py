@@ -253,3 +253,12 @@ def test_what_a_run_leaves(place, tmp_path):
     assert set(events.Tags()["scalars"]) == {f"train/{n}" for n in names}
     assert [e.value for e in events.Scalars("train/loss")] == [pytest.approx(r["loss"]) for r in metrics(out)]
     assert events.Tags()["images"] == ["reconstructions"]
+
+
+@pytest.mark.slow
+def test_native_and_reference_give_one_loss_curve(place, tmp_path):
+    for backend in ("native", "reference"):
+        train(place, tmp_path / backend, f"sparse.backend={backend}", "train.steps=200")
+    ours, theirs = (torch.tensor([r["loss"] for r in metrics(tmp_path / b)]) for b in ("native", "reference"))
+    assert len(ours) == 200 and theirs[-10:].mean() < 0.9 * theirs[:10].mean()
+    assert (ours - theirs).abs().max() < 1e-4

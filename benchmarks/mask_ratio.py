@@ -1,0 +1,63 @@
+"""Whether the sparse encoder's cost grows with what is visible: one step at several mask ratios, interleaved.
+
+    python benchmarks/mask_ratio.py --model fcmae_convnextv2_atto --batch-size 16
+
+A step is the encoder's forward and backward, as in train_step.py. The last column is the time over the visible share,
+relative to the first ratio: flat means that hidden regions cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+
+import torch
+from timing import interleaved, machine, markdown, summary
+from train_step import DTYPES, encoder_step
+
+from fcmae import create_model
+from fcmae.masking import keep_count, mask_from_noise
+from fcmae.models.support import BACKENDS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="fcmae_convnextv2_atto")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.4, 0.6, 0.75, 0.9])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    device, side = torch.device(args.device), args.image_size // 32
+    model = create_model(args.model, image_size=args.image_size).to(device)
+    images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
+    steps, shares = {}, {}
+    for ratio in args.ratios:
+        keep = keep_count(side * side, ratio)
+        mask = mask_from_noise(torch.rand(args.batch_size, side, side), keep).to(device)
+        where = (BACKENDS["native"], model.tiles(images, mask), DTYPES[args.dtype])
+        steps[f"{ratio}"] = partial(encoder_step, model.encoder, model, images, *where)
+        shares[f"{ratio}"] = keep / side**2
+
+    found = {name: summary(times) for name, times in interleaved(steps, args.rounds, device).items()}
+    per_share = {name: arm["median_s"] / shares[name] for name, arm in found.items()}
+    first = per_share[f"{args.ratios[0]}"]
+    print(f"{args.model}, B={args.batch_size}, {args.image_size} px, {args.dtype}:", machine(device))
+    rows = [
+        [name, f"{shares[name]:.3f}", f"{arm['median_s'] * 1e3:.1f}", f"{per_share[name] / first:.2f}"]
+        for name, arm in found.items()
+    ]
+    print(markdown(["mask ratio", "visible share", "median ms", "relative time / share"], rows))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"ratios": found, "shares": shares, "machine": machine(device)}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The benchmarks run from the checkout, on small inputs, and leave figures that can be right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--model", "fcmae_convnextv2_atto", "--batch-size", "2", "--image-size", "64", "--device", "cpu"]
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, tmp_path: Path, *args: str) -> tuple[dict, str]:
+    """The figures that a script leaves, and what it prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *SMALL, "--rounds", "3", *args]
+    done = subprocess.run([*command, "--json", str(tmp_path / "x.json")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((tmp_path / "x.json").read_text()), done.stdout
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_train_step(tmp_path, whole):
+    found, shown = run("train_step.py", tmp_path, *(["--whole"] if whole else []))
+    arms = {"native", "reference", "dense", "dense compiled", "matmuls"}
+    assert arms <= found["arms"].keys() and {"cpu", "torch", "threads", "kernels"} <= found["machine"].keys()
+    for name, arm in found["arms"].items():
+        assert arm["median_s"] > 0 and arm["peak_mb"] > 0 and name in shown
+    time = {name: arm["median_s"] for name, arm in found["arms"].items()}
+    assert found["ratios"]["native_over_matmuls"] == pytest.approx(time["native"] / time["matmuls"])
+    best = min(seconds for name, seconds in time.items() if name.startswith("dense"))
+    assert found["ratios"]["best_dense_over_native"] == pytest.approx(best / time["native"])
+    # Memory does not depend on the machine's mood: four visible regions of ten keep less than all ten.
+    assert found["arms"]["native"]["peak_mb"] < found["arms"]["dense"]["peak_mb"]
+    # By hand, stem and last stage of one image: 64 px keep one region of four.
+    assert found["settings"]["matmul_gflop"] > 2 * 3 * 2 * (64 * 48 * 40 + 2 * 8 * 320 * 320) / 1e9
+
+
+def test_kernels(tmp_path):
+    found, shown = run("kernels.py", tmp_path, "--dtype", "fp32")
+    assert len(found["kernels"]) == 4 * 7 and "of copy" in shown
+    for line in found["kernels"]:
+        assert line["native_ms"] > 0 and line["gb_s"] > 0 and line["kernel"] in shown
+
+
+def test_mask_ratio(tmp_path):
+    found, shown = run("mask_ratio.py", tmp_path, "--ratios", "0.25", "0.5", "0.75")
+    assert found["shares"] == {"0.25": 0.75, "0.5": 0.5, "0.75": 0.25} and "relative" in shown
