@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,9 +61,13 @@ def peak_mb(run: Callable[[], object], device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
+    with tempfile.TemporaryDirectory() as folder:  # the trace alone lists every allocation, those inside ops included
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
     held, peak = 0, 0
-    for event in sorted((e for e in profile.events() if e.name == "[memory]"), key=lambda e: e.time_range.start):
-        held += event.self_cpu_memory_usage
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak / 2**20
 
