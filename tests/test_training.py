@@ -257,8 +257,8 @@ def test_what_a_run_leaves(place, tmp_path):
 
 @pytest.mark.slow
 def test_native_and_reference_give_one_loss_curve(place, tmp_path):
-    # At this config's own lr of 1e-3 leaving the first plateau multiplies any rounding by thousands: there the reference
-    # differs from itself by 7e-3 between one thread and two.
+    # At the config's own lr of 1e-3, leaving the first plateau multiplies any rounding by thousands: even the reference
+    # then differs by 7e-3 between one thread and two.
     for backend in ("native", "reference"):
         train(place, tmp_path / backend, f"sparse.backend={backend}", "train.steps=200", "train.lr=4e-4")
     ours, theirs = (torch.tensor([r["loss"] for r in metrics(tmp_path / b)]) for b in ("native", "reference"))

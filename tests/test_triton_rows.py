@@ -10,7 +10,9 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
-from fcmae.kernels import gpu, triton_norm, triton_rows  # noqa: E402
+from fcmae.kernels import gpu, mlp, reference, triton_norm, triton_rows  # noqa: E402
+from fcmae.kernels.mlp import Weights  # noqa: E402
+from helpers import TOLERANCE, close  # noqa: E402
 from row_kernels import (  # noqa: E402
     DTYPES,
     ROWS,
@@ -21,6 +23,7 @@ from row_kernels import (  # noqa: E402
     check_norm,
     check_repeats,
     check_tails,
+    drawn,
     gelu_inputs,
 )
 
@@ -60,6 +63,24 @@ def test_gelu_of_huge_values_stays_finite(size):
 @pytest.mark.parametrize("shape", ROWS)
 def test_layer_norm_agrees_with_the_reference(shape, dtype):
     check_norm(gpu, shape, dtype, DEVICE)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_agrees_with_the_reference(dtype):
+    """The kernels as `mlp` puts them together, with the shortcut in fp32 as under autocast."""
+    rows, c, groups = 2 * 19, 24, 2
+    shortcut, y, grad = (drawn(rows, c, seed=seed, device=DEVICE) for seed in (1, 2, 3))
+    square = [drawn(4 * c, c, dtype=dtype, spread=c**-0.5, device=DEVICE), drawn(c, 4 * c, dtype=dtype, device=DEVICE)]
+    narrow = [drawn(n, seed=n, device=DEVICE) for n in (c, c, 4 * c, 4 * c, 4 * c, c)]
+    w = Weights(*narrow[:2], square[0], narrow[2].to(dtype), *narrow[3:5], square[1], narrow[5].to(dtype))
+    made = []
+    for kernels in (gpu, reference):
+        out, *kept = mlp.forward(kernels, shortcut, y, w, groups)
+        made.append((out, *mlp.backward(kernels, grad, y, w, *kept)))
+    for ours, theirs in zip(*made, strict=True):
+        assert ours.dtype == theirs.dtype
+        close(ours, theirs, TOLERANCE[dtype])
 
 
 @on_device
