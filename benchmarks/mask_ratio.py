@@ -2,8 +2,9 @@
 
     python benchmarks/mask_ratio.py --model fcmae_convnextv2_atto --batch-size 16
 
-A step is the encoder's forward and backward, as in train_step.py. The last column is the time over the visible share,
-relative to the first ratio: flat means that hidden regions cost nothing.
+A step is the encoder's forward and backward, as in train_step.py. The relative columns are times over the visible
+share, divided by that of the first ratio: flat at 1 means that hidden regions cost nothing. The bare matmuls show
+what the vendor's library makes of fewer rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 
 import torch
 from timing import interleaved, machine, markdown, summary
-from train_step import DTYPES, encoder_step
+from train_step import DTYPES, bare_matmuls, encoder_step
 
 from fcmae import create_model
 from fcmae.masking import keep_count, mask_from_noise
@@ -41,19 +42,25 @@ def main() -> None:
     for ratio in args.ratios:
         keep = keep_count(side * side, ratio)
         mask = mask_from_noise(torch.rand(args.batch_size, side, side), keep).to(device)
-        where = (BACKENDS["native"], model.tiles(images, mask), DTYPES[args.dtype])
-        steps[f"{ratio}"] = partial(encoder_step, model.encoder, model, images, *where)
+        tiles, dtype = model.tiles(images, mask), DTYPES[args.dtype]
+        native, reference = (
+            partial(encoder_step, model.encoder, model, images, BACKENDS[name], tiles, dtype)
+            for name in ("native", "reference")
+        )
+        steps[f"{ratio}"] = native
+        steps[f"{ratio} matmuls"], _ = bare_matmuls(reference, device)
         shares[f"{ratio}"] = keep / side**2
 
     found = {name: summary(times) for name, times in interleaved(steps, args.rounds, device).items()}
-    per_share = {name: arm["median_s"] / shares[name] for name, arm in found.items()}
-    first = per_share[f"{args.ratios[0]}"]
     print(f"{args.model}, B={args.batch_size}, {args.image_size} px, {args.dtype}:", machine(device))
-    rows = [
-        [name, f"{shares[name]:.3f}", f"{arm['median_s'] * 1e3:.1f}", f"{per_share[name] / first:.2f}"]
-        for name, arm in found.items()
-    ]
-    print(markdown(["mask ratio", "visible share", "median ms", "relative time / share"], rows))
+    rows, first = [], f"{args.ratios[0]}"
+    for name, share in shares.items():
+        row = [name, f"{share:.3f}"]
+        for kind in ("", " matmuls"):
+            time, base = (found[n + kind]["median_s"] for n in (name, first))
+            row += [f"{time * 1e3:.1f}", f"{time / share / (base / shares[first]):.2f}"]
+        rows.append(row)
+    print(markdown(["mask ratio", "visible share", "step ms", "relative", "matmuls ms", "relative"], rows))
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"ratios": found, "shares": shares, "machine": machine(device)}, file, indent=1)

@@ -48,3 +48,4 @@ def test_kernels(tmp_path):
 def test_mask_ratio(tmp_path):
     found, shown = run("mask_ratio.py", tmp_path, "--ratios", "0.25", "0.5", "0.75")
     assert found["shares"] == {"0.25": 0.75, "0.5": 0.5, "0.75": 0.25} and "relative" in shown
+    assert found["ratios"].keys() == {f"{r}{kind}" for r in found["shares"] for kind in ("", " matmuls")}
