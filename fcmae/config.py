@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -225,8 +226,12 @@ def _yaml_text(value: Any) -> str:
 
 
 def _read_yaml(path: str | Path) -> Any:
+    if Path(path).is_dir():
+        raise UsageError(f"{path} is a folder: name a config file, such as the config.yaml of a run")
     if not Path(path).is_file():
         raise UsageError(f"no such config file: {path}")
+    if Path(path).suffix in (".pt", ".pth", ".safetensors"):
+        raise UsageError(f"{path} is no config file; to start from a checkpoint: CONFIG.yaml resume={path}")
     try:
         layer = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -243,6 +248,7 @@ def _read_override(schema: type, text: str) -> Any:
     if not value.strip():
         raise UsageError(f"{text!r} gives no value; for none write {key}=null")
     if describe(schema).get(key, ("",))[0].startswith("str") and value != "null":
+        value = os.path.expanduser(value)  # no shell does so after key=
         text = f"{key}={json.dumps(value)}"  # a folder may be called 007 or *.tar: YAML would see a number, an alias
     try:
         return OmegaConf.from_dotlist([text])

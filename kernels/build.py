@@ -6,6 +6,7 @@ library it makes has a C interface, so it builds in seconds and serves every ver
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -53,7 +55,7 @@ def compiler() -> str | None:
 def compile_into(folder: Path, name: str) -> Path:
     """Compile for an instruction set. Raises OSError or subprocess.SubprocessError when that fails.
 
-    Any number of processes may build at once: each writes its own file and renames it, so a reader sees a whole one.
+    Whoever else builds or reads meanwhile, the file appears whole: it is written aside and renamed.
     """
     found = compiler()
     if found is None:
@@ -69,14 +71,32 @@ def compile_into(folder: Path, name: str) -> Path:
 
 
 def find_or_compile(name: str) -> Path:
-    """The library for an instruction set: as installed, from the user's cache, or compiled into it now."""
+    """The library for an instruction set: as installed, from the user's cache, or compiled into it now.
+
+    Of the processes that start together one compiles and the others wait for it.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae"
-    for folder in (PACKAGED, cache):
-        if (folder / file_name(name)).exists():
-            return folder / file_name(name)
-    if compiler():
-        print(f"fcmae: compiling the {name} CPU kernels, once", file=sys.stderr)
-    return compile_into(cache, name)
+    packaged, cached = (folder / file_name(name) for folder in (PACKAGED, cache))
+    if packaged.exists():
+        return packaged
+    if not cached.exists() and compiler():
+        with _alone(cache):
+            if not cached.exists():
+                print(f"fcmae: compiling the {name} CPU kernels, once", file=sys.stderr)
+                return compile_into(cache, name)
+    return cached if cached.exists() else compile_into(cache, name)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system lifts when a process dies; nothing where there are no such locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def reason(error: Exception) -> str:

@@ -141,11 +141,13 @@ def shown(tmp_path, **environment) -> subprocess.Popen:
 def test_ranks_that_start_together_build_one_whole_library(tmp_path):
     if cpu.library()[0] is None:
         pytest.skip(cpu.library()[1])
-    started = [shown(tmp_path) for _ in range(3)]
+    started, said = [shown(tmp_path) for _ in range(3)], ""
     for process in started:
         out, err = process.communicate(timeout=120)
         assert out.strip() == f"C++, {cpu.instruction_set()}", err
-    assert len(list((tmp_path / "fcmae").iterdir())) == 1
+        said += err
+    assert said.count("compiling") == 1
+    assert sorted(p.suffix for p in (tmp_path / "fcmae").iterdir()) == ["", ".so"]  # the lock and the library
     out, err = shown(tmp_path, CXX="no-such-compiler", PATH="").communicate(timeout=120)
     assert out.startswith("C++") and "compiling" not in err  # from the cache, without a compiler
 

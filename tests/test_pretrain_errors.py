@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,7 +77,7 @@ CASES = [  # override, words of the message
     ("train.lr=", ["no value", "train.lr=null"]),
     ("=3", ["key=value"]),
     ("model.image_size=[64", ["model.image_size=[64"]),
-    ("resume={place}/none.pt", ["none.pt"]),
+    ("resume={place}/none.pt", ["none.pt", "no such checkpoint file"]),
     ("resume={place}/pictures/000.png", ["000.png", "not a whole checkpoint"]),
     ("out={place}/config.yaml/x", ["cannot write", "out="]),
 ]
@@ -96,6 +98,12 @@ def test_config_file_and_usage(place, tmp_path, capsys):
     assert "no such config file" in refused(capsys, tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("train: [1, 2")
     assert "not valid YAML" in refused(capsys, tmp_path / "broken.yaml")
+    assert "is a folder: name a config file" in refused(capsys, tmp_path)
+    (tmp_path / "step_000000001.pt").write_bytes(b"PK")
+    error = refused(capsys, tmp_path / "step_000000001.pt")
+    assert f"CONFIG.yaml resume={tmp_path}/step_000000001.pt" in error
+    error = refused(capsys, place / "config.yaml", "resume=~/none.pt", f"out={tmp_path}/x", f"data.source={place}")
+    assert "no such checkpoint file" in error and "~" not in error
     (tmp_path / "typo.yaml").write_text("model: {nme: x}\n")
     assert "typo.yaml: unknown setting 'model.nme' (did you mean 'model.name'" in refused(
         capsys, tmp_path / "typo.yaml"
@@ -108,6 +116,14 @@ def test_config_file_and_usage(place, tmp_path, capsys):
     text = capsys.readouterr().out
     for key in ("model.image_size", "train.accum_steps", "data.source", "0.00015"):
         assert key in text
+
+
+def test_the_package_names_its_commands():
+    command = [sys.executable, "-m", "fcmae"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0 and "python -m fcmae.pretrain" in shown.stdout and not shown.stderr
+    wrong = subprocess.run([*command, "pretrian"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "'pretrian' follows no command" in wrong.stderr
 
 
 class Payload:

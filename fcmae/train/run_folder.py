@@ -102,6 +102,8 @@ class RunFolder:
         path, unreadable = checkpoint.find_newest(self.checkpoints)
         warnings = [f"{line}; falling back to the checkpoint before" for line in unreadable]
         if resume is not None and path is None:
+            if not Path(resume).is_file():
+                raise UsageError(f"resume={resume}: no such checkpoint file")
             checkpoint.read(Path(resume))
             path = Path(resume)
         elif resume is not None:

@@ -1,0 +1,16 @@
+"""`python -m fcmae` names the commands."""
+
+import sys
+
+COMMANDS = {
+    "fcmae.pretrain": "pretrain a masked autoencoder: CONFIG.yaml [key=value ...]",
+    "fcmae.convert": "the encoder out of a checkpoint, for timm: CHECKPOINT OUT --to timm",
+}
+
+if __name__ == "__main__":
+    wide = max(map(len, COMMANDS))
+    for name, what in COMMANDS.items():
+        print(f"python -m {name:<{wide}}  {what}")
+    if len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help"):
+        print(f"fcmae: error: {sys.argv[1]!r} follows no command; use one of the above", file=sys.stderr)
+        sys.exit(2)
