@@ -5,6 +5,7 @@ No build fails for want of a compiler: without the libraries they are compiled a
 
 import importlib.util
 import platform
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,7 @@ class BuildWithKernels(build_py):
         if self.editable_mode:
             return
         builder, folder = kernel_builder(), Path(self.build_lib) / "fcmae" / "kernels" / "lib"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier build of other sources
 
         def compiled(name: str) -> bool:
             try:

@@ -94,7 +94,7 @@ def bare_matmuls(step: Callable[[], None], device: torch.device) -> tuple[Callab
 
 def arms(model: FCMAE, images: torch.Tensor, tiles: Tiles, dtype, whole: bool) -> dict[str, Callable[[], None]]:
     """Name to one step, for every arm but the matmuls."""
-    compiled = torch.compile(model if whole else model.encoder, dynamic=False)
+    compiled = torch.compile(model if whole else model.encoder, dynamic=False, fullgraph=True)
     if whole:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         made = {name: partial(whole_step, model, model, images, name, optimizer, tiles, dtype) for name in BACKENDS}
@@ -139,6 +139,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # for the dense arms
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     model = create_model(args.model, image_size=args.image_size, mask_ratio=args.mask_ratio).to(device)
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)

@@ -1,7 +1,7 @@
 """Compiles the C++ kernels for the CPU: when the package is installed, or else at first use, once a machine type.
 
 Knows nothing of torch and imports only the standard library, because `setup.py` runs it where there is no torch. The
-library it makes has a C interface, so it builds in seconds and serves every version of torch and Python.
+library it makes has a C interface, so it serves every version of torch and Python.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def flags(name: str) -> list[str]:
 
 
 def file_name(name: str) -> str:
-    """Changes with the sources, the flags and the kind of machine, so a stale library is never loaded."""
+    """Changes with the sources, the flags, kind of machine and C library, so a stale library is never loaded."""
     content = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h"))
-    key = hashlib.sha256(content + f"{flags(name)} {platform.system()} {platform.machine()}".encode())
+    key = hashlib.sha256(
+        content + f"{flags(name)} {platform.system()} {platform.machine()} {platform.libc_ver()}".encode()
+    )
     return f"kernels-{name}-{key.hexdigest()[:16]}.so"
 
 

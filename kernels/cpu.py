@@ -69,12 +69,12 @@ def tile_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> T
 
 def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tuple[Tensor, Tensor]:
     """`reference.tile_conv_weight_grad` in C++."""
-    if not supports(x, k):
+    if not supports(x, k) or grad.dtype != x.dtype:
         return reference.tile_conv_weight_grad(x, grad, k, tiles)
     c = x.shape[-1]
     x, grad, partial = (
         x.contiguous(),
-        grad.to(x.dtype).contiguous(),
+        grad.contiguous(),
         torch.empty(x.shape[0], 50, c, dtype=torch.float32),
     )
     _call_conv("fcmae_tile_conv_weight_grad", x, tiles, x, grad, partial)
@@ -106,11 +106,12 @@ def gelu_grn_backward(
 def layer_norm_backward(
     grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, normed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`reference.layer_norm_backward` in C++, for tensors in fp32."""
-    if not _takes(y) or not all(t.dtype == torch.float32 for t in (grad, y, dy, normed)):
+    """`reference.layer_norm_backward` in C++."""
+    if not (_takes(y) and _takes(grad)):
         return reference.layer_norm_backward(grad, y, mean, rstd, weight, bias, dy, normed)
     sums = torch.empty(-(-y.shape[0] // RUN), 2, y.shape[1], dtype=torch.float32)
-    _call("fcmae_layer_norm_backward", (grad, y, mean, rstd, weight, bias, dy, normed, sums), y.shape, 0)
+    tensors = (grad, y, mean, rstd, weight, bias, dy, normed, sums)
+    _call("fcmae_layer_norm_backward", tensors, (*y.shape, STORAGE[y.dtype]), STORAGE[grad.dtype])
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 

@@ -30,11 +30,15 @@ def triton_on(device: torch.device) -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
     name = torch.cuda.get_device_name(device)
-    if torch.version.hip:
-        return True, f"Triton, {name}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_NVIDIA:
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < OLDEST_NVIDIA:
         return False, f"{name} is older than Ampere, which the Triton kernels need"
+    from fcmae.kernels import gpu
+
+    try:  # Triton compiles its launcher with a C compiler, which may be missing, and knows only some AMD cards
+        ones = torch.ones(1, 1, 16, device=device)
+        gpu.gelu_grn(ones, ones[0, 0], ones[0, 0], ones[0, 0], torch.empty_like(ones))
+    except Exception as error:  # whatever it is, the reference still runs
+        return False, f"Triton does not run on {name}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
     return True, f"Triton, {name}"
 
 

@@ -39,6 +39,7 @@ def forward(
     """out (R, C) in shortcut's dtype, and for the backward: h (R, F), LayerNorm's mean, rstd (R, 1), squares (G, F)."""
     y, (rows, _), features = y.contiguous(), y.shape, w.w1.shape[0]
     n = rows // groups
+    shortcut = shortcut.contiguous()
     out, h = torch.empty_like(shortcut), y.new_empty(rows, features, dtype=w.w1.dtype)
     means, rstds, squares = [], [], []
     b1, gamma, beta = (p.to(_wide(h)) for p in (w.b1, w.gamma, w.beta))
@@ -82,7 +83,7 @@ def backward(
         squares_r = squares[r.start // n : r.stop // n]
         db1, d_gamma, d_beta = kernels.gelu_grn_backward(hg, b1, gamma, beta, squares_r, dhg, zg)
         dnw, dnb = kernels.layer_norm_backward(dh @ w.w1, y[r], mean[r], rstd[r], norm_weight, norm_bias, dy[r], normed)
-        sums = _add(sums, (dnw, dnb, (dh.t(), normed), db1, d_gamma, d_beta, (g.t(), z), g.sum(0)))
+        sums = _add(sums, (dnw, dnb, (dh.t(), normed), db1, d_gamma, d_beta, (g.t(), z), g.sum(0, dtype=_wide(g))))
     return dy, *(s.to(p.dtype) for s, p in zip(sums, w, strict=True))
 
 
@@ -95,10 +96,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _add(sums: list[Tensor] | None, parts: tuple) -> list[Tensor]:
-    """Running sums in chunk order; a pair stands for its matrix product, added without a tensor of its own."""
+    """Running sums in chunk order, in fp32 at least; a pair stands for its matrix product."""
     if sums is None:
-        return [p[0] @ p[1] if isinstance(p, tuple) else p for p in parts]
-    return [s.addmm_(*p) if isinstance(p, tuple) else s.add_(p) for s, p in zip(sums, parts, strict=True)]
+        first = [p[0] @ p[1] if isinstance(p, tuple) else p for p in parts]
+        return [t.to(_wide(t)) for t in first]
+    for total, part in zip(sums, parts, strict=True):
+        if isinstance(part, tuple):
+            _add_product(total, *part)
+        else:
+            total.add_(part)
+    return sums
 
 
 def _layer_norm(y: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,8 @@ def block_mlp(shortcut, y, *rest):
     """`mlp.forward`: shortcut, y (R, C), then `Weights`, the number of GRN groups, whether to use native kernels."""
     *weights, groups, native = rest
     w = Weights(*weights)
-    return mlp.forward(kernels_for(y.device, native), shortcut, y, w, groups)
+    with torch.autocast(y.device.type, enabled=False):
+        return mlp.forward(kernels_for(y.device, native), shortcut, y, w, groups)
 
 
 @block_mlp.register_fake
@@ -38,7 +39,7 @@ def _(shortcut, y, *rest):
     stat = y.new_empty(rows, 1, dtype=wide)
     h = y.new_empty(rows, features, dtype=w.w1.dtype)
     squares = y.new_empty(groups, features, dtype=torch.promote_types(h.dtype, torch.float32))
-    return torch.empty_like(shortcut), h, stat, torch.empty_like(stat), squares
+    return torch.empty_like(shortcut, memory_format=torch.contiguous_format), h, stat, torch.empty_like(stat), squares
 
 
 @torch.library.custom_op(
@@ -51,17 +52,20 @@ def block_mlp_backward(grad, y, *rest):
     """`mlp.backward`."""
     *weights, h, mean, rstd, squares, native = rest
     w = Weights(*weights)
-    return mlp.backward(kernels_for(y.device, native), grad, y, w, h, mean, rstd, squares)
+    with torch.autocast(y.device.type, enabled=False):
+        return mlp.backward(kernels_for(y.device, native), grad, y, w, h, mean, rstd, squares)
 
 
 @block_mlp_backward.register_fake
 def _(grad, y, *rest):
-    return tuple(torch.empty_like(t) for t in (y, *rest[:8]))
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, *rest[:8]))
 
 
 def composed(shortcut: Tensor, y: Tensor, w: Weights, groups: int) -> Tensor:
     """The same of PyTorch's own differentiable ops: what `block_mlp` is tested against."""
-    normed = F.layer_norm(y, y.shape[1:], w.norm_weight, w.norm_bias, mlp.LAYER_NORM_EPS)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    norm = (p.to(wide) for p in (w.norm_weight, w.norm_bias))
+    normed = F.layer_norm(y.to(wide), y.shape[1:], *norm, mlp.LAYER_NORM_EPS)
     a = F.gelu(F.linear(normed.to(w.w1.dtype), w.w1, w.b1)).view(groups, -1, w.w1.shape[0])
     _, response, _ = reference.response(a.to(torch.promote_types(a.dtype, torch.float32)).square().sum(1))
     z = a + torch.addcmul(w.beta, w.gamma, a * response[:, None]).to(a.dtype)

@@ -5,7 +5,7 @@ the input gradient of `tile_conv` is `tile_conv` with the weight flipped, and bo
 `tile_conv_weight_grad`, which is bilinear in its inputs, are `tile_conv` again.
 
 An op's body runs the PyTorch reference, or with `native` the device's own kernel where there is one. `mask, keep, slot`
-are the fields of `Tiles`.
+are the fields of `Tiles`. Autocast is off inside: storage is the caller's choice, arithmetic the kernels'.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def tile_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, keep: Tensor, slot: Tensor, native: bool
 ) -> Tensor:
     """Submanifold depthwise convolution; see `reference.tile_conv`."""
-    return kernels_for(x.device, native).tile_conv(x, weight, bias, Tiles(mask, keep, slot))
+    with torch.autocast(x.device.type, enabled=False):
+        return kernels_for(x.device, native).tile_conv(x, weight, bias, Tiles(mask, keep, slot))
 
 
 @tile_conv.register_fake
@@ -35,7 +36,8 @@ def tile_conv_weight_grad(
     x: Tensor, grad: Tensor, k: int, mask: Tensor, keep: Tensor, slot: Tensor, native: bool
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias gradients of `tile_conv`; see `reference.tile_conv_weight_grad`."""
-    return kernels_for(x.device, native).tile_conv_weight_grad(x, grad, k, Tiles(mask, keep, slot))
+    with torch.autocast(x.device.type, enabled=False):
+        return kernels_for(x.device, native).tile_conv_weight_grad(x, grad, k, Tiles(mask, keep, slot))
 
 
 @tile_conv_weight_grad.register_fake

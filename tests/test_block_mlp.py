@@ -94,3 +94,17 @@ def test_one_4c_tensor_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         op(2)(*leaves)
     assert kept.count((60, 64)) == 1 and (60, 16) in kept
+
+
+def test_low_precision_sums_do_not_stall_over_many_chunks(monkeypatch):
+    """Weight gradients of 300 chunks of alike rows: a running sum in bf16 would stop growing at some 256 of them."""
+    leaves = [t.detach().abs() for t in case(300, 1, 8, torch.float32)]
+    weights = Weights(*leaves[2:])
+    low = weights._replace(**{k: getattr(weights, k).bfloat16() for k in ("w1", "b1", "w2", "b2")})
+    monkeypatch.setattr(cpu, "MLP_BYTES", 1)
+    results = []
+    for w in (low, weights):
+        _, *kept = mlp.forward(cpu, leaves[0], leaves[1], w, 300)
+        results.append(mlp.backward(cpu, torch.ones_like(leaves[0]), leaves[1], w, *kept))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs, 3 * TOLERANCE[torch.bfloat16])

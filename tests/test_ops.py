@@ -112,3 +112,12 @@ def test_pack_and_unpack_are_inverse_and_ordered():
     assert ((t.slot == -1) == t.mask).all()
     hidden = t.mask.repeat_interleave(4, 1).repeat_interleave(4, 2)
     assert (full[hidden] == 0).all() and (full[~hidden] != 0).all()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_autocast_changes_nothing_inside_the_ops(native):
+    x, weight, bias, t = case((2, (4, 4), 6, 4, 8), torch.float32)
+    plain = ops.tile_conv(x, weight, bias, *t, native), *ops.tile_conv_weight_grad(x, x, 7, *t, native)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = ops.tile_conv(x, weight, bias, *t, native), *ops.tile_conv_weight_grad(x, x, 7, *t, native)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))

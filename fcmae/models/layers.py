@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.errors import UsageError
-from fcmae.kernels.mlp import Weights
+from fcmae.kernels.mlp import LAYER_NORM_EPS, Weights
 from fcmae.kernels.mlp_op import block_mlp
+from fcmae.kernels.reference import GRN_EPS, TINY
 from fcmae.models.support import Support
 
 GRN_MODES = ("per_image", "batch")
@@ -49,11 +50,11 @@ class GRN(nn.Module):
     positions of the whole (local) batch, as the authors' sparse code does.
     """
 
-    def __init__(self, dim: int, mode: str = "per_image", eps: float = 1e-6):
+    def __init__(self, dim: int, mode: str = "per_image"):
         super().__init__()
         if mode not in GRN_MODES:
             raise UsageError(f"unknown sparse.grn {mode!r}; known: {', '.join(GRN_MODES)}")
-        self.mode, self.eps = mode, eps
+        self.mode = mode
         self.weight = nn.Parameter(torch.zeros(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
@@ -61,9 +62,8 @@ class GRN(nn.Module):
         pooled = tuple(range(0 if self.mode == "batch" else 1, x.ndim - 1))
         wide = torch.promote_types(x.dtype, torch.float32)
         squares = support.visible(x).to(wide).square().sum(dim=pooled, keepdim=True)
-        # Six times faster on a CPU than vector_norm; 1e-24 keeps the gradient finite where a channel is all zero.
-        g = (squares + 1e-24).sqrt()
-        n = g / (g.mean(dim=-1, keepdim=True) + self.eps)
+        g = (squares + TINY).sqrt()  # six times faster on a CPU than vector_norm
+        n = g / (g.mean(dim=-1, keepdim=True) + GRN_EPS)
         return x + torch.addcmul(self.bias, self.weight, x * n).to(x.dtype)
 
 
@@ -81,12 +81,15 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """ConvNeXt V2 block (arXiv 2301.00808 figure 5): depthwise 7x7, LayerNorm, MLP with GRN, residual."""
+    """ConvNeXt V2 block (arXiv 2301.00808 figure 5): depthwise 7x7, LayerNorm, MLP with GRN, residual.
+
+    On packed tiles with native kernels the modules after the convolution only hold parameters: their hooks do not run.
+    """
 
     def __init__(self, dim: int, grn: str = "per_image"):
         super().__init__()
         self.conv_dw = DepthwiseConv(dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, grn)
 
     def forward(self, x: Tensor, support: Support) -> Tensor:

@@ -14,6 +14,9 @@
 
 using namespace fcmae;
 
+#define IN(p) static_cast<const S*>(p)
+#define OUT(p) static_cast<S*>(p)
+
 namespace {
 
 constexpr int N = WIDTH;
@@ -131,9 +134,10 @@ void gelu_grn_backward(const S* h, const float* bias, const float* gamma, const 
         for (int64_t f = 0; f < s.features; ++f) d_bias[f] += products[g * s.features + f];
 }
 
-// dy: the gradient of LayerNorm's input; normed: its output once more; sums: (runs, 2, C), the gradients of weight and bias.
-void layer_norm_backward(const float* grad, const float* y, const float* mean, const float* rstd, const float* weight,
-                         const float* bias, float* dy, float* normed, float* sums, int64_t rows, int64_t c, int threads) {
+// S: of grad and normed, Y: of y and dy. dy: the gradient of LayerNorm's input; normed: its output once more; sums: (runs, 2, C), the gradients of weight and bias.
+template <typename S, typename Y>
+int layer_norm_backward(const S* grad, const Y* y, const float* mean, const float* rstd, const float* weight,
+                         const float* bias, Y* dy, S* normed, float* sums, int64_t rows, int64_t c, int threads) {
     const int64_t runs = (rows + RUN - 1) / RUN;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < runs; ++i) {
@@ -161,6 +165,21 @@ void layer_norm_backward(const float* grad, const float* y, const float* mean, c
             }
         }
     }
+    return 0;
+}
+
+template <typename S, typename... Rest>
+int layer_norm_backward_any(int storage_y, const void* grad, const void* y, const float* mean, const float* rstd,
+                            const float* weight, const float* bias, void* dy, void* normed, Rest... rest) {
+    const auto run = [&](auto* typed, auto* gradient) {
+        return layer_norm_backward(IN(grad), typed, mean, rstd, weight, bias, gradient, OUT(normed), rest...);
+    };
+    switch (storage_y) {
+        case 0: return run(static_cast<const float*>(y), static_cast<float*>(dy));
+        case 1: return run(static_cast<const bf16*>(y), static_cast<bf16*>(dy));
+        case 2: return run(static_cast<const fp16*>(y), static_cast<fp16*>(dy));
+    }
+    return 1;
 }
 
 }  // namespace
@@ -174,8 +193,6 @@ void layer_norm_backward(const float* grad, const float* y, const float* mean, c
         case 2: { using S = fp16; CALL; return 0; }  \
     }                                                \
     return 1;
-#define IN(p) static_cast<const S*>(p)
-#define OUT(p) static_cast<S*>(p)
 #define SHAPE int64_t groups, int64_t rows, int64_t features, int storage, int threads
 
 extern "C" {
@@ -192,11 +209,17 @@ int fcmae_gelu_grn_backward(const void* h, const float* bias, const float* gamma
                                   scale, slope, sums, s))
 }
 
-int fcmae_layer_norm_backward(const float* grad, const float* y, const float* mean, const float* rstd,
-                              const float* weight, const float* bias, float* dy, float* normed, float* sums,
-                              int64_t rows, int64_t c, int storage, int threads) {
-    if (storage) return 1;
-    layer_norm_backward(grad, y, mean, rstd, weight, bias, dy, normed, sums, rows, c, threads);
-    return 0;
+int fcmae_layer_norm_backward(const void* grad, const void* y, const float* mean, const float* rstd,
+                              const float* weight, const float* bias, void* dy, void* normed, float* sums,
+                              int64_t rows, int64_t c, int64_t storage_y, int storage, int threads) {
+    switch (storage) {
+        case 0: return layer_norm_backward_any<float>(int(storage_y), grad, y, mean, rstd, weight, bias, dy, normed, sums,
+                                                      rows, c, threads);
+        case 1: return layer_norm_backward_any<bf16>(int(storage_y), grad, y, mean, rstd, weight, bias, dy, normed, sums,
+                                                     rows, c, threads);
+        case 2: return layer_norm_backward_any<fp16>(int(storage_y), grad, y, mean, rstd, weight, bias, dy, normed, sums,
+                                                     rows, c, threads);
+    }
+    return 1;
 }
 }
