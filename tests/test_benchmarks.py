@@ -32,8 +32,9 @@ def test_train_step(tmp_path, whole):
     assert found["ratios"]["native_over_matmuls"] == pytest.approx(time["native"] / time["matmuls"])
     best = min(seconds for name, seconds in time.items() if name.startswith("dense"))
     assert found["ratios"]["best_dense_over_native"] == pytest.approx(best / time["native"])
-    # Memory does not depend on the machine's mood: four visible regions of ten keep less than all ten.
-    assert found["arms"]["native"]["peak_mb"] < found["arms"]["dense"]["peak_mb"]
+    # Memory does not depend on the machine's mood. AdamW's is the same for every arm, and most of so small a step's.
+    if not whole:
+        assert found["arms"]["native"]["peak_mb"] < found["arms"]["dense"]["peak_mb"]
     # By hand, stem and last stage of one image: 64 px keep one region of four.
     assert found["settings"]["matmul_gflop"] > 2 * 3 * 2 * (64 * 48 * 40 + 2 * 8 * 320 * 320) / 1e9
 
