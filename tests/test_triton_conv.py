@@ -67,7 +67,8 @@ def check(x, grad, weight, bias, where):
 @on_device
 @pytest.mark.parametrize(
     "grid, keep",
-    [((1, 1), 1), ((1, 7), 2), ((2, 3), 2), pytest.param((7, 7), 5, marks=slow), pytest.param((9, 4), 4, marks=slow)],
+    [((1, 1), 1), ((1, 7), 2), ((2, 3), 2)]
+    + [pytest.param(*case, marks=slow) for case in [((7, 7), 5), ((9, 4), 4), ((16, 16), 4)]],
     ids=str,
 )
 @every_size
