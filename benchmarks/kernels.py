@@ -8,22 +8,20 @@ them. FLOPs count taps on visible pixels only. The input gradient of the convolu
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, machine, markdown, summary
+from timing import arguments, interleaved, machine, markdown, summary
 
 from fcmae import create_model
 from fcmae.kernels import mlp, reference
 from fcmae.kernels.devices import kernels_for
-from fcmae.kernels.tiles import Tiles
+from fcmae.kernels.tiles import TILE_SIZES, Tiles
 from fcmae.masking import keep_count, mask_from_noise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TILES = (8, 4, 2, 1)  # pixels along a region at stages 1-4
 
 
 def visible_taps(tiles: Tiles, t: int) -> int:
@@ -106,15 +104,9 @@ def measured(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="fcmae_convnextv2_atto")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--image-size", type=int, default=224)
+    parser = arguments(__doc__)
     parser.add_argument("--mask-ratio", type=float, default=0.6)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32", "bf16", "fp16"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -131,7 +123,7 @@ def main() -> None:
         copy, matmul = ceilings(DTYPES[name], device)
         print(f"\n{name}: copy {copy / 1e9:.1f} GB/s, matmul {matmul / 1e9:.0f} GFLOP/s\n")
         rows = []
-        for t, c in zip(TILES, dims, strict=True):
+        for t, c in zip(TILE_SIZES, dims, strict=True):
             for kernel, run, moved, flop in cases(tiles, t, c, DTYPES[name], device):
                 line = measured(run, native, device, args.rounds, moved, flop, copy, matmul)
                 lines.append({"kernel": kernel, "tile": t, "channels": c, "dtype": name, **line})

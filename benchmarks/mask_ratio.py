@@ -9,12 +9,11 @@ what the vendor's library makes of fewer rows.
 
 from __future__ import annotations
 
-import argparse
 import json
 from functools import partial
 
 import torch
-from timing import interleaved, machine, markdown, summary
+from timing import arguments, interleaved, machine, markdown, summary
 from train_step import DTYPES, bare_matmuls, encoder_step
 
 from fcmae import create_model
@@ -23,15 +22,9 @@ from fcmae.models.support import BACKENDS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="fcmae_convnextv2_atto")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--image-size", type=int, default=224)
+    parser = arguments(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.4, 0.6, 0.75, 0.9])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
 
     torch.manual_seed(0)

@@ -9,14 +9,13 @@ bare matmuls of the sparse step: its floor. Memory is what a step holds at most 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from timing import interleaved, machine, markdown, peak_mb, summary
+from timing import arguments, interleaved, machine, markdown, peak_mb, summary
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fcmae import create_model
@@ -125,17 +124,11 @@ def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="fcmae_convnextv2_atto")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--image-size", type=int, default=224)
+    parser = arguments(__doc__)
     parser.add_argument("--mask-ratio", type=float, default=0.6)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--whole", action="store_true", help="the whole step: decoder, loss and AdamW too")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled arms")
-    parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
 
     torch.manual_seed(0)

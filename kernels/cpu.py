@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from fcmae.kernels import build, reference
-from fcmae.kernels.tiles import Tiles
+from fcmae.kernels.tiles import STORAGE, Tiles, takes_tiles
 
-TILE_SIZES = (8, 4, 2, 1)
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORAGE_CODES = {dtype: code for code, dtype in enumerate(STORAGE)}
 RUN = 64  # rows whose sums a thread adds up at a time, as in csrc/rows.cpp
 MLP_BYTES = 2 << 20  # of 4C activations that a chunk of the MLP holds for each thread: what its caches take
 
@@ -47,14 +46,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 def supports(x: Tensor, kernel_size: int) -> bool:
     """Whether the convolution kernels take these tiles."""
-    return (
-        x.dtype in STORAGE
-        and kernel_size == 7
-        and x.shape[2] == x.shape[3]
-        and x.shape[2] in TILE_SIZES
-        and x.numel() > 0
-        and library()[0] is not None
-    )
+    return takes_tiles(x, kernel_size) and library()[0] is not None
 
 
 def tile_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
@@ -111,7 +103,7 @@ def layer_norm_backward(
         return reference.layer_norm_backward(grad, y, mean, rstd, weight, bias, dy, normed)
     sums = torch.empty(-(-y.shape[0] // RUN), 2, y.shape[1], dtype=torch.float32)
     tensors = (grad, y, mean, rstd, weight, bias, dy, normed, sums)
-    _call("fcmae_layer_norm_backward", tensors, (*y.shape, STORAGE[y.dtype]), STORAGE[grad.dtype])
+    _call("fcmae_layer_norm_backward", tensors, (*y.shape, STORAGE_CODES[y.dtype]), STORAGE_CODES[grad.dtype])
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
@@ -139,11 +131,11 @@ def _fp32(x: Tensor) -> Tensor:
 def _call_conv(name: str, x: Tensor, tiles: Tiles, *tensors: Tensor | None) -> None:
     b, k, t, _, c = x.shape
     keep, slot = tiles.keep.contiguous(), tiles.slot.contiguous()
-    _call(name, (*tensors, keep, slot), (b, k, *tiles.grid, c, t), STORAGE[x.dtype])
+    _call(name, (*tensors, keep, slot), (b, k, *tiles.grid, c, t), STORAGE_CODES[x.dtype])
 
 
 def _call_rows(name: str, h: Tensor, *tensors: Tensor) -> None:
-    _call(name, tensors, h.shape, STORAGE[h.dtype])
+    _call(name, tensors, h.shape, STORAGE_CODES[h.dtype])
 
 
 def _call(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], storage: int) -> None:

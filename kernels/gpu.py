@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from torch import Tensor
 
 from fcmae.kernels import reference, triton_norm, triton_rows
+from fcmae.kernels.tiles import STORAGE
 from fcmae.kernels.triton_conv import tile_conv, tile_conv_weight_grad
 
 __all__ = ["gelu_grn", "gelu_grn_backward", "layer_norm_backward", "mlp_groups", "tile_conv", "tile_conv_weight_grad"]
-
-STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gelu_grn(h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, z: Tensor) -> Tensor:

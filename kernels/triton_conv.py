@@ -25,9 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fcmae.kernels import reference
-from fcmae.kernels.tiles import Tiles
-
-TILE_SIZES = (8, 4, 2, 1)
+from fcmae.kernels.tiles import Tiles, takes_tiles
 
 
 class Plan(NamedTuple):
@@ -235,17 +233,6 @@ def _weight_grad_kernel(
     tl.store(out + 49 * C, bias, mask=c < C)
 
 
-def supports(x: Tensor, kernel_size: int) -> bool:
-    """Whether the kernels take these tiles; otherwise both functions use the reference."""
-    return (
-        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and kernel_size == 7
-        and x.shape[2] == x.shape[3]
-        and x.shape[2] in TILE_SIZES
-        and x.numel() > 0
-    )
-
-
 def _plan(x: Tensor) -> Plan:
     plan = PLANS[x.shape[2]]
     if torch.version.hip:  # 64 lanes; 4 rows of 8 spill registers there
@@ -270,8 +257,8 @@ def _prepare(tiles: Tiles, channels: int, weight: Tensor | None) -> tuple[Tensor
 
 
 def tile_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
-    """`reference.tile_conv` in Triton where it `supports` the input."""
-    if not supports(x, weight.shape[-1]):
+    """`reference.tile_conv` in Triton where it `takes_tiles` like these."""
+    if not takes_tiles(x, weight.shape[-1]):
         return reference.tile_conv(x, weight, bias, tiles)
     x, plan = x.contiguous(), _plan(x)
     (b, visible, t, _, c), y = x.shape, torch.empty_like(x)
@@ -286,8 +273,8 @@ def tile_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> T
 
 
 def tile_conv_weight_grad(x: Tensor, grad: Tensor, k: int, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """`reference.tile_conv_weight_grad` in Triton where it `supports` the input."""
-    if not supports(x, k):
+    """`reference.tile_conv_weight_grad` in Triton where it `takes_tiles` like these."""
+    if not takes_tiles(x, k):
         return reference.tile_conv_weight_grad(x, grad, k, tiles)
     x, grad, plan = x.contiguous(), grad.contiguous(), _plan(x)
     b, visible, t, _, c = x.shape

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fcmae.kernels import backends, build, cpu, reference
+from fcmae.kernels.tiles import TILE_SIZES
 from helpers import TOLERANCE, close, tiles
 from row_kernels import (
     DTYPES,
@@ -46,7 +47,7 @@ def instructions(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tile", cpu.TILE_SIZES)
+@pytest.mark.parametrize("tile", TILE_SIZES)
 @pytest.mark.parametrize("grids", [GRIDS[:3], pytest.param(GRIDS[3:], marks=pytest.mark.slow)], ids=["small", "large"])
 def test_agrees_with_the_reference(instructions, grids, tile, dtype):
     for seed, grid in enumerate(grids):

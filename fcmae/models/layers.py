@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fcmae.errors import UsageError
 from fcmae.kernels.mlp import LAYER_NORM_EPS, Weights
 from fcmae.kernels.mlp_op import block_mlp
-from fcmae.kernels.reference import GRN_EPS, TINY
+from fcmae.kernels.reference import response
 from fcmae.models.support import Support
 
 GRN_MODES = ("per_image", "batch")
@@ -62,8 +62,7 @@ class GRN(nn.Module):
         pooled = tuple(range(0 if self.mode == "batch" else 1, x.ndim - 1))
         wide = torch.promote_types(x.dtype, torch.float32)
         squares = support.visible(x).to(wide).square().sum(dim=pooled, keepdim=True)
-        g = (squares + TINY).sqrt()  # six times faster on a CPU than vector_norm
-        n = g / (g.mean(dim=-1, keepdim=True) + GRN_EPS)
+        _, n, _ = response(squares)
         return x + torch.addcmul(self.bias, self.weight, x * n).to(x.dtype)
 
 
