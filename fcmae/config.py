@@ -42,7 +42,7 @@ class ModelConfig:
 
 @dataclass
 class SparseConfig:
-    backend: str = _key("auto", "how the encoder runs on visible regions: auto, native, reference or dense")
+    backend: str = _key("auto", "how the encoder runs on visible regions: auto, native, reference, dense or minkowski")
     grn: str = _key("per_image", "GRN pools over each image (per_image) or the local batch (batch)")
 
 

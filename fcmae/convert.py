@@ -1,4 +1,4 @@
-"""Weights from one layout to another: `python -m fcmae.convert SRC DST.safetensors --to timm`."""
+"""Weights from one layout to another: `python -m fcmae.convert SRC DST --to {timm,fcmae,minkowski}`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
-from fcmae.layouts import official, timm
+from fcmae.layouts import minkowski, official, timm, training
 
 
 def load_tensors(path: str | Path) -> dict:
@@ -64,6 +64,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise UsageError(f"{path} holds no state dict of tensors")
     if official.recognises(state):
         return official.to_fcmae(state)
+    state = minkowski.to_fcmae(state)
     if "encoder.stem.0.weight" in state and "mask_token" in state:
         return state
     if "head.norm.weight" in state and "stem.0.weight" in state:
@@ -77,21 +78,41 @@ def main(argv: list[str] | None = None) -> int:
     """The command: SRC is anything `read_checkpoint` takes; DST gets the dense encoder under timm's names."""
     parser = argparse.ArgumentParser("fcmae.convert", description=__doc__)
     parser.add_argument("src", type=Path, help="a checkpoint of this toolkit or of the authors' FCMAE pretraining")
-    parser.add_argument("dst", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--to", choices=["timm"], default="timm", help="layout of DST")
+    parser.add_argument("dst", type=Path, help="the file to write")
+    parser.add_argument(
+        "--to",
+        choices=["timm", "fcmae", "minkowski"],
+        default="timm",
+        help="timm: the dense encoder, as .safetensors. fcmae, minkowski: the whole model in the layout of that "
+        "backend; of a run's checkpoint everything, so that a run can go on from it (resume=DST)",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite DST")
     arguments = parser.parse_args(argv)
     try:
         if arguments.dst.exists() and not arguments.force:
             raise UsageError(f"{arguments.dst} exists; choose another name or give --force")
-        tensors = timm.from_encoder(encoder_of(read_checkpoint(arguments.src)))
-        write_whole(arguments.dst, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
+        if arguments.to == "timm":
+            tensors = timm.from_encoder(encoder_of(read_checkpoint(arguments.src)))
+            write_whole(arguments.dst, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
+        else:
+            payload = in_layout(arguments.src, arguments.to)
+            tensors = payload["model"]
+            write_whole(arguments.dst, lambda file: torch.save(payload, file))
     except UsageError as error:
         print(f"fcmae.convert: error: {error}", file=sys.stderr)
         return 2
     parameters = sum(t.numel() for t in tensors.values())
     print(f"{arguments.dst}: {len(tensors)} tensors, {parameters:,} parameters, {arguments.to} layout")
     return 0
+
+
+def in_layout(path: Path, name: str) -> dict:
+    """A run's checkpoint, or `{"model": ...}` from other files, in the layout `fcmae` or `minkowski`."""
+    layout = {"fcmae": minkowski.to_fcmae, "minkowski": minkowski.from_fcmae}[name]
+    data = load_tensors(path)
+    if isinstance(data, dict) and "optimizer" in data and "format" in data:
+        return training.translate(data, layout)
+    return {"model": layout(read_checkpoint(path))}
 
 
 def encoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:

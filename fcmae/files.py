@@ -29,6 +29,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise UsageError(f"could not write {path}: {reason}; free some space or choose another folder") from error
 
 
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: $XDG_CACHE_HOME/fcmae, or ~/.cache/fcmae."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae"
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -46,6 +46,7 @@ def pretrain(config: Config) -> int:
 
 
 def _pretrain(config: Config, world: distributed.World) -> int:
+    checks.check_backend(config, world.device)
     torch.manual_seed(config.seed)
     if world.device.type == "cuda":
         # A resumed run must repeat the uninterrupted one bit for bit.

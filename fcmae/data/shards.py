@@ -14,6 +14,7 @@ from torch import Tensor
 from fcmae.data.decode import ARRAY_EXTENSIONS, PHOTO_EXTENSIONS, BrokenImage, decode, extensions
 from fcmae.data.sources import PathTable
 from fcmae.errors import UsageError
+from fcmae.files import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +92,8 @@ def load_index(path: str) -> dict[str, np.ndarray]:
     """
     status = os.stat(path)
     stamp = np.array([INDEX_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    places = (f"{path}.idx.npz", os.path.join(cache, "fcmae", f"{os.path.basename(path)}.{digest}.idx.npz"))
+    places = (f"{path}.idx.npz", str(cache_folder() / f"{os.path.basename(path)}.{digest}.idx.npz"))
     for place in places:
         index = _read_index(place)
         if index is not None and np.array_equal(index["stamp"], stamp):

@@ -1,57 +1,40 @@
-"""The authors' FCMAE pretraining checkpoint (MinkowskiEngine encoder, dense decoder) in this toolkit's names."""
+"""The authors' FCMAE pretraining checkpoint: its encoder in MinkowskiEngine's layout, its decoder dense."""
 
 from __future__ import annotations
 
-import re
-
 from torch import Tensor
 
-from fcmae.errors import UsageError
+from fcmae.layouts import minkowski
+from fcmae.layouts.names import Names
 
-# Names, most specific first. Block parameters are the same in encoder and decoder.
-_RENAMES = [
-    (r"^encoder\.downsample_layers\.0\.(\d)\.", r"encoder.stem.\1."),
-    (r"^encoder\.downsample_layers\.([1-3])\.(\d)\.", r"encoder.stages.\1.downsample.\2."),
-    (r"^encoder\.stages\.(\d)\.(\d+)\.", r"encoder.stages.\1.blocks.\2."),
-    (r"\.(ln|linear)\.", "."),
-    (r"\.dwconv\.", ".conv_dw."),
-    (r"\.pwconv1\.", ".mlp.fc1."),
-    (r"\.pwconv2\.", ".mlp.fc2."),
-    (r"\.grn\.gamma$", ".mlp.grn.weight"),
-    (r"\.grn\.beta$", ".mlp.grn.bias"),
-    (r"\.kernel$", ".weight"),
-]
+NAMES = Names(
+    {
+        "decoder.{b}.conv_dw.{p}": "decoder.{b}.dwconv.{p}",
+        "decoder.{b}.norm.{p}": "decoder.{b}.norm.{p}",
+        "decoder.{b}.mlp.fc1.{p}": "decoder.{b}.pwconv1.{p}",
+        "decoder.{b}.mlp.grn.weight": "decoder.{b}.grn.gamma",
+        "decoder.{b}.mlp.grn.bias": "decoder.{b}.grn.beta",
+        "decoder.{b}.mlp.fc2.{p}": "decoder.{b}.pwconv2.{p}",
+    }
+)
 
 
 def recognises(state: dict[str, Tensor]) -> bool:
     """Whether these are the keys of the authors' FCMAE pretraining class."""
-    return "encoder.downsample_layers.0.0.weight" in state and "mask_token" in state
+    return minkowski.recognises(state) and "proj.weight" in state and state["proj.weight"].ndim == 4
 
 
 def to_fcmae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict that `FCMAE.load_state_dict(strict=True)` takes. Raises UsageError for a tensor of odd shape."""
-    return {_rename(key): _reshape(key, value) for key, value in state.items()}
+    state = {NAMES.ours(key) or key: _reshaped(key, x) for key, x in state.items()}
+    return minkowski.to_fcmae(state)
 
 
-def _rename(key: str) -> str:
-    for pattern, replacement in _RENAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _reshape(key: str, x: Tensor) -> Tensor:
+def _reshaped(key: str, x: Tensor) -> Tensor:
     if key == "mask_token":  # (1, D, 1, 1)
         return x.movedim(1, -1).contiguous()
-    if key.endswith(".kernel"):
-        # MinkowskiEngine numbers a kernel's cells with the first spatial axis fastest: transposed against Conv2d.
-        side = round(x.shape[0] ** 0.5)
-        if side * side != x.shape[0]:
-            raise UsageError(f"{key} has {x.shape[0]} kernel cells, which is not a square")
-        if x.ndim == 2:  # depthwise (k*k, C)
-            return x.T.reshape(-1, 1, side, side).transpose(2, 3).contiguous()
-        return x.permute(2, 1, 0).reshape(x.shape[2], x.shape[1], side, side).transpose(2, 3).contiguous()
     if key in ("proj.weight", "pred.weight"):  # 1x1 convolutions
         return x.flatten(1)
-    if key.endswith((".bias", ".gamma", ".beta")):  # (1, C) and (1, 1, 1, C)
+    if key.startswith("decoder.") and key.endswith((".gamma", ".beta")):  # (1, 1, 1, C)
         return x.flatten()
     return x

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from fcmae.errors import UsageError
 from fcmae.kernels.tiles import Tiles
+from fcmae.layouts import minkowski, official
 from fcmae.loss import check_window, masked_pixel_loss
 from fcmae.masking import check_mask, grid_size, keep_count, mask_from_noise
 from fcmae.models.convnextv2 import STRIDE, ConvNeXtV2
 from fcmae.models.layers import Block
-from fcmae.models.support import BACKENDS, DenseSupport, resolve_backend
+from fcmae.models.support import BACKENDS, MINKOWSKI, DenseSupport, resolve_backend
 
 
 class FCMAE(nn.Module):
@@ -23,8 +24,10 @@ class FCMAE(nn.Module):
     may be fed. in_chans: channels. depths, dims: blocks and widths of the encoder's four stages. decoder_dim,
     decoder_depth: width and blocks of the decoder. mask_ratio: share of regions hidden when no mask is given.
     norm_pix: normalize the target's pixels per window; norm_window: the window's side in pixels, 32 by default.
-    grn: `per_image`, or `batch` to repeat the authors' sparse code. backend: a key of `BACKENDS`, or `auto`.
-    Raises UsageError (a ValueError) for sizes, ratios or names that do not fit.
+    grn: `per_image`, or `batch` to repeat the authors' sparse code. backend: a key of `BACKENDS`, `minkowski`, `auto`.
+    With `minkowski` the encoder is of MinkowskiEngine's modules and its part of the state dict in their layout;
+    `load_state_dict` then takes this layout, the others' and the authors' pretraining file's alike.
+    Raises UsageError (a ValueError) for sizes, ratios or names that do not fit, or without MinkowskiEngine.
     """
 
     patch_size = mask_unit = STRIDE
@@ -59,6 +62,11 @@ class FCMAE(nn.Module):
         self.pred = nn.Linear(decoder_dim, STRIDE * STRIDE * in_chans)
         self.apply(_init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
+        if self.backend == MINKOWSKI:
+            from fcmae.minkowski.encoder import MinkowskiConvNeXtV2
+
+            self.encoder = MinkowskiConvNeXtV2(self.encoder)
+            self.register_load_state_dict_pre_hook(_to_minkowski_layout)
 
     def forward(self, images: Tensor, mask: Tensor | Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (scalar, fp32), prediction (B, L, 32*32*C) in pixel order (p, p, C), and the mask used (B, gh, gw) bool.
@@ -75,11 +83,14 @@ class FCMAE(nn.Module):
 
     def encode(self, images: Tensor, mask: Tensor | Tiles | None = None) -> Tensor:
         """Features (B, dims[3], H/32, W/32), zeros where masked; without a mask, those of the dense network."""
-        if mask is None:
+        if mask is not None:
+            features = self._sparse_features(images, self.tiles(images, mask))
+        elif self.backend == MINKOWSKI:
+            visible = torch.zeros(images.shape[0], *self._grid(images), dtype=torch.bool, device=images.device)
+            features = self.encoder(images, self.tiles(images, visible))
+        else:
             self._grid(images)
             features = self.encoder(images, DenseSupport())
-        else:
-            features = self._sparse_features(images, self.tiles(images, mask))
         return features.permute(0, 3, 1, 2)
 
     def decode(self, features: Tensor, tiles: Tiles) -> Tensor:
@@ -107,7 +118,7 @@ class FCMAE(nn.Module):
         return Tiles.from_mask(mask, keep)
 
     def _sparse_features(self, images: Tensor, tiles: Tiles) -> Tensor:
-        return self.encoder(images, BACKENDS[self.backend](tiles))
+        return self.encoder(images, tiles if self.backend == MINKOWSKI else BACKENDS[self.backend](tiles))
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         if images.ndim != 4 or images.shape[1] != self.in_chans:
@@ -120,3 +131,9 @@ def _init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def _to_minkowski_layout(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+    own = official.to_fcmae(own) if official.recognises(own) else own
+    state.update({prefix + key: value for key, value in minkowski.from_fcmae(own).items()})

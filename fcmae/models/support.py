@@ -84,19 +84,21 @@ class TileSupport:
 
 Support = DenseSupport | TileSupport
 
-# What `sparse.backend` may name: how the encoder runs on a masked image.
+# How the encoder's own parameters may run on a masked image.
 BACKENDS = {
     "native": partial(TileSupport, native=True),
     "reference": partial(TileSupport, native=False),
     "dense": MaskedSupport,
 }
 
+MINKOWSKI = "minkowski"  # the backend with parameters and an encoder of its own, fcmae.minkowski
+
 
 def resolve_backend(name: str) -> str:
     """The backend that `auto` stands for, or `name` itself. Raises UsageError for an unknown one."""
     if name == "auto":
         return "native"
-    if name not in BACKENDS:
-        known = ("auto", *BACKENDS)
+    known = ("auto", *BACKENDS, MINKOWSKI)
+    if name not in known:
         raise UsageError(f"unknown sparse.backend {name!r}; known: {', '.join(known)}{nearest(name, known)}")
     return name

@@ -11,7 +11,7 @@ from fcmae.convert import check_archive, load_tensors
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
 
-FORMAT = "fcmae-checkpoint-1"
+FORMAT = "fcmae-checkpoint-2"
 _NAME = re.compile(r"step_(\d{9})\.pt")
 
 

@@ -6,10 +6,14 @@ import functools
 import math
 from typing import Any
 
+import torch
+
 from fcmae import config as settings
 from fcmae.config import Config
 from fcmae.errors import UsageError
 from fcmae.masking import STRATEGIES
+from fcmae.minkowski import engine
+from fcmae.models.support import MINKOWSKI
 from fcmae.train.optim import PRECISIONS
 
 
@@ -67,6 +71,17 @@ def check(config: Config) -> None:
         if not holds:
             value = _value(config, key)
             raise UsageError(f"{key}={'null' if value is None else value} will not do: it must be {wanted}")
+
+
+def check_backend(config: Config, device: torch.device) -> None:
+    """Raises UsageError when `sparse.backend` is not installed, or lacks the device or the precision asked for."""
+    if config.sparse.backend != MINKOWSKI:
+        return
+    engine.load()
+    engine.check_device(device)
+    engine.check_dtype(PRECISIONS[config.train.precision] or torch.float32)
+    if config.train.compile:
+        raise UsageError("train.compile=true: MinkowskiEngine cannot be compiled; turn it off or use another backend")
 
 
 def _value(config: Config, key: str) -> Any:

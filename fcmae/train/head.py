@@ -13,6 +13,8 @@ import fcmae
 from fcmae.config import Config
 from fcmae.kernels.devices import active
 from fcmae.masking import grid_size, keep_count
+from fcmae.minkowski import engine
+from fcmae.models.support import MINKOWSKI
 from fcmae.train.distributed import World
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import Schedule
@@ -26,13 +28,14 @@ def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, wor
     h, w = model.image_size
     gh, gw = grid_size(model.image_size, model.mask_unit)
     keep = keep_count(gh * gw, model.mask_ratio)
-    native = f": {active(world.device)}" if model.backend == "native" else ""
+    running = {"native": lambda: f": {active(world.device)}", MINKOWSKI: lambda: f": {engine.describe()}"}
+    detail = running.get(model.backend, str)()
     compiled = ", compiled (the first step takes long)" if config.train.compile else ""
     images = f"{schedule.dataset_size:,} images"
     rows = {
         "fcmae": f"{fcmae.__version__}, torch {torch.__version__}",
         "device": f"{device} x {world.size}, {config.train.precision}{compiled}",
-        "backend": f"{model.backend}{native}, GRN {config.sparse.grn}",
+        "backend": f"{model.backend}{detail}, GRN {config.sparse.grn}",
         "model": f"{config.model.name}, {whole:.1f} M parameters of which the encoder {encoder:.1f} M",
         "data": f"{config.data.source}: {images} as {config.model.in_chans} x {h} x {w}",
         "mask": f"{config.mask.strategy} {config.mask.ratio:g}: {keep} of {gh} x {gw} = {gh * gw} regions stay visible",

@@ -14,8 +14,12 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW whose weight decay spares every parameter of one dimension: biases, norms and GRN."""
-    groups = param_groups_weight_decay(model, train.weight_decay)
+    """AdamW whose weight decay spares biases, norms and GRN. Its state dict names the parameters."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rows = [name for name in names.values() if name.endswith((".gamma", ".beta"))]  # GRN as (1, C), MinkowskiEngine's
+    groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=rows)
+    for group in groups:
+        group["params"] = [(names[parameter], parameter) for parameter in group["params"]]
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(train.betas), fused=device.type in ("cpu", "cuda"))
 
 

@@ -14,8 +14,10 @@ from safetensors.torch import save
 from torch import nn
 
 from fcmae import config as settings
+from fcmae.convert import encoder_of
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
+from fcmae.layouts import minkowski
 from fcmae.layouts import timm as timm_layout
 from fcmae.train import checkpoint
 
@@ -113,5 +115,6 @@ class RunFolder:
     def export_encoder(self, model: nn.Module) -> None:
         """Write `encoder.safetensors`, which timm loads as its model of the same size."""
         # One entry only: safetensors writes several in random order, and equal runs should leave equal files.
-        data = save(timm_layout.from_encoder(model.encoder.state_dict()), metadata={"format": "pt"})
+        encoder = encoder_of(minkowski.to_fcmae(model.state_dict()))
+        data = save(timm_layout.from_encoder(encoder), metadata={"format": "pt"})
         write_whole(self.encoder, lambda file: file.write(data))

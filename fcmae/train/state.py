@@ -9,6 +9,7 @@ from torch import nn
 
 from fcmae import config as settings
 from fcmae.errors import UsageError
+from fcmae.layouts import minkowski, training
 
 
 @dataclass
@@ -36,7 +37,7 @@ class TrainState:
         return {
             "config": settings.to_dict(config),
             "dataset_size": dataset_size,
-            "model": self.model.state_dict(),
+            "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
@@ -44,7 +45,10 @@ class TrainState:
         }
 
     def restore(self, payload: dict, where: str, config: settings.Config, dataset_size: int) -> None:
-        """Go on from a payload. Raises UsageError when it belongs to another model, other settings or other images."""
+        """Go on from a payload of any backend, weights and optimizer state translated into this model's layout.
+
+        Raises UsageError when it belongs to another model, other settings or other images.
+        """
         changed = settings.differences(payload["config"], settings.to_dict(config), settings.BRANCH_KEYS)
         if changed:
             what = "model" if changed[0].startswith("model.") else "run"
@@ -56,8 +60,10 @@ class TrainState:
                 f"{where} was trained on {payload['dataset_size']} images and data.source now has {dataset_size}; "
                 f"restore the data, or start a new run with another out=..."
             )
+        layout = minkowski.from_fcmae if minkowski.recognises(self.model.state_dict()) else minkowski.to_fcmae
+        payload = training.translate(payload, layout)
         self.model.load_state_dict(payload["model"], strict=True)
-        self.optimizer.load_state_dict(payload["optimizer"])
+        self.optimizer.load_state_dict(training.in_order_of(payload["optimizer"], self.optimizer.state_dict()))
         self.scaler.load_state_dict(payload["scaler"])
         self.progress = Progress(**{key: payload[key] for key in asdict(Progress())})
         torch.set_rng_state(payload["rng"]["torch"])

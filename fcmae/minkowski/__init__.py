@@ -1,0 +1,1 @@
+"""MinkowskiEngine as a backend: `build` makes it, `engine` imports it, `encoder` is ConvNeXt V2 in its modules."""
