@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | lint | venv | clean
+# make quickstart | test | test-slow | lint | venv | minkowski | clean
 # ARGS="…" is handed on:           make quickstart ARGS="sparse.backend=dense out=runs/other"
 # VENV=… names another environment, PYTHON=… the interpreter that makes it.
 
@@ -9,7 +9,7 @@ endif
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fcmae-installed
 
-.PHONY: quickstart test test-slow lint venv clean
+.PHONY: quickstart test test-slow lint venv minkowski clean
 
 quickstart: venv
 	$(PY) -m fcmae.pretrain configs/pretrain/quickstart.yaml $(ARGS)
@@ -22,6 +22,10 @@ test-slow: venv
 
 lint: venv
 	$(PY) -m ruff check . $(ARGS)
+
+# MinkowskiEngine into the environment, built for its torch; ARGS=--cpu-only leaves CUDA out.
+minkowski: venv
+	$(PY) -m fcmae.minkowski.build $(ARGS)
 
 venv: $(STAMP)
 

@@ -4,11 +4,13 @@
 
 A step is the encoder's forward and backward on masked images, all parameters' gradients included (--whole adds decoder,
 loss and AdamW). Arms: the backends, the dense network times the mask in two memory layouts, eager and compiled, and the
-bare matmuls of the sparse step: its floor. Memory is what a step holds at most beyond weights and images.
+bare matmuls of the sparse step: its floor. MinkowskiEngine joins where it is installed and computes in the dtype.
+Memory is what a step holds at most beyond weights and images.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -19,10 +21,13 @@ from timing import arguments, interleaved, machine, markdown, peak_mb, summary
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fcmae import create_model
+from fcmae.errors import UsageError
 from fcmae.kernels.tiles import Tiles
 from fcmae.masking import keep_count, mask_from_noise
+from fcmae.minkowski import engine
+from fcmae.minkowski.encoder import MinkowskiConvNeXtV2
 from fcmae.models.fcmae import FCMAE
-from fcmae.models.support import BACKENDS, MaskedSupport
+from fcmae.models.support import BACKENDS, MINKOWSKI, MaskedSupport
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATMULS = {torch.ops.aten.mm.default: (0, 1), torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.bmm.default: (0, 1)}
@@ -69,6 +74,20 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def minkowski(model: FCMAE, device: torch.device, dtype) -> FCMAE | None:
+    """The same model on MinkowskiEngine; None, and a line that says why, where that cannot run."""
+    try:
+        engine.load()
+        engine.check_device(device)
+        engine.check_dtype(dtype or torch.float32)
+    except UsageError as error:
+        print(f"no {MINKOWSKI} arm: {error}")
+        return None
+    twin = copy.deepcopy(model)
+    twin.encoder = MinkowskiConvNeXtV2(twin.encoder).to(device)
+    return twin
+
+
 def bare_matmuls(step: Callable[[], None], device: torch.device) -> tuple[Callable[[], None], float]:
     """The matrix products that a step does, replayed alone, and their GFLOP."""
     with Recorder() as recorder:
@@ -94,13 +113,19 @@ def bare_matmuls(step: Callable[[], None], device: torch.device) -> tuple[Callab
 def arms(model: FCMAE, images: torch.Tensor, tiles: Tiles, dtype, whole: bool) -> dict[str, Callable[[], None]]:
     """Name to one step, for every arm but the matmuls."""
     compiled = torch.compile(model if whole else model.encoder, dynamic=False, fullgraph=True)
+    twin = minkowski(model, images.device, dtype)
     if whole:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         made = {name: partial(whole_step, model, model, images, name, optimizer, tiles, dtype) for name in BACKENDS}
         made["dense compiled"] = partial(whole_step, compiled, model, images, "dense", optimizer, tiles, dtype)
+        if twin is not None:
+            own = torch.optim.AdamW(twin.parameters(), lr=1e-6)
+            made[MINKOWSKI] = partial(whole_step, twin, twin, images, MINKOWSKI, own, tiles, dtype)
         return made
     eager = partial(encoder_step, model.encoder, model, images)
     made = {name: partial(eager, support, tiles, dtype) for name, support in BACKENDS.items()}
+    if twin is not None:
+        made[MINKOWSKI] = partial(encoder_step, twin.encoder, twin, images, lambda tiles: tiles, tiles, dtype)
     made["dense contiguous"] = partial(eager, ContiguousMaskedSupport, tiles, dtype)
     fast = partial(encoder_step, compiled, model, images)
     made["dense compiled"] = partial(fast, MaskedSupport, tiles, dtype)
@@ -118,8 +143,8 @@ def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
         "native_over_matmuls": time["native"] / time["matmuls"],
         "peak_native_over_dense_eager": found["native"]["peak_mb"] / found["dense"]["peak_mb"],
     }
-    if "minkowski" in time:
-        made["minkowski_over_native"] = time["minkowski"] / time["native"]
+    if MINKOWSKI in time:
+        made["minkowski_over_native"] = time[MINKOWSKI] / time["native"]
     return made
 
 

@@ -11,6 +11,7 @@ from fcmae.convert import main as convert
 from fcmae.convert import read_checkpoint
 from fcmae.layouts import minkowski, official
 from fcmae.minkowski import engine
+from fcmae.pretrain import main as pretrain
 from helpers import TOLERANCE, close, golden, masks, section, shake
 from small_runs import CONFIG, assert_same, assert_same_run, final_state, make_pictures, metrics, run
 
@@ -127,6 +128,16 @@ def test_the_forks_depthwise_is_taken_where_there_is_one(monkeypatch):
     _, model = pair(image_size=64)
     assert all(isinstance(stage[0].dwconv, Depthwise) for stage in model.encoder.stages)
     assert "its own depthwise" in engine.describe()
+
+
+@pytest.mark.parametrize(
+    "setting,words", [("train.precision=bf16", "bfloat16"), ("train.compile=true", "cannot be compiled")]
+)
+def test_refused_before_anything_is_written(place, tmp_path, capsys, setting, words):
+    arguments = [f"data.source={place}/pictures", f"out={tmp_path}/run", "sparse.backend=minkowski", setting]
+    assert pretrain([str(place / "config.yaml"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 from tqdm import tqdm
 
 from fcmae.errors import UsageError
@@ -27,7 +24,7 @@ from fcmae.files import cache_folder
 
 VERSION = "0.5.4"
 SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94"  # of the source on PyPI
-TOOLS = ("setuptools>=65", "wheel", "ninja")
+TOOLS = ("pip>=23.1", "setuptools>=65", "wheel", "ninja")
 PACKAGES = {
     "a C++ compiler": "g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name one in CXX",
     "Python's headers": "python3-dev (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)",
@@ -78,8 +75,11 @@ def check_needs(cuda: bool) -> None:
                 subprocess.run(command, check=True, capture_output=True)
             except (OSError, subprocess.CalledProcessError):
                 raise UsageError(f"building MinkowskiEngine needs {what}: install {PACKAGES[what]}") from None
-    if cuda and (torch.version.cuda is None or cpp_extension.CUDA_HOME is None):
-        raise UsageError(f"building MinkowskiEngine for a GPU needs NVIDIA's nvcc, and there is none; {OTHERS}")
+    if cuda:
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if torch.version.cuda is None or CUDA_HOME is None:
+            raise UsageError(f"building MinkowskiEngine for a GPU needs NVIDIA's nvcc, and there is none; {OTHERS}")
 
 
 def compiler() -> str:
@@ -110,16 +110,13 @@ def build(cuda: bool) -> Path:
         work, log = Path(name), folder / "build.log"
         log.unlink(missing_ok=True)
         requirement = work / "source.txt"
-        requirement.write_text(f"MinkowskiEngine=={VERSION} --hash=sha256:{SHA256}\n")
-        environment = build_environment(work, cuda)
-        # Every step of the source's setup.py, even naming itself, imports torch: no isolation. These are its own flags.
-        flags = ["--no-deps", "--no-build-isolation", "--config-settings=--global-option=--blas=openblas"]
-        flags.append(f"--config-settings=--global-option={'--force_cuda' if cuda else '--cpu_only'}")
-        pip(["install", "--target", str(work / "tools"), *TOOLS], log, os.environ, attempts=3)
-        download = ["download", *flags, "--no-binary=:all:", "-d", str(work), "-r", str(requirement)]
-        pip(download, log, environment, attempts=3)
-        source = next(work.glob("*.tar.gz"))
-        pip(["wheel", "-v", *flags, "-w", str(work / "wheel"), str(source)], log, environment, progress=True)
+        flags = ["--blas=openblas", "--force_cuda" if cuda else "--cpu_only"]  # its setup.py's own
+        settings = " ".join(f'--config-settings="--global-option={flag}"' for flag in flags)
+        requirement.write_text(f"MinkowskiEngine=={VERSION} {settings} --hash=sha256:{SHA256}\n")
+        pip(["install", "--target", str(work / "tools"), *TOOLS], log, os.environ)
+        # Its setup.py imports torch even to name itself: no isolation.
+        options = ["--no-deps", "--no-build-isolation", "--no-binary=MinkowskiEngine", "-w", str(work / "wheel")]
+        pip(["wheel", "-v", *options, "-r", str(requirement)], log, build_environment(work, cuda), progress=True)
         built = next((work / "wheel").glob("*.whl"))
         aside = folder / f".{built.name}.part"  # another build may be reading here
         shutil.copyfile(built, aside)
@@ -141,37 +138,22 @@ def build_environment(work: Path, cuda: bool) -> dict[str, str]:
     return {"MAX_JOBS": str(jobs), **os.environ, "PATH": path, "PYTHONPATH": str(tools)}
 
 
-def pip(arguments: list[str], log: Path, environment, attempts: int = 1, progress: bool = False) -> None:
+def pip(arguments: list[str], log: Path, environment: Mapping[str, str], progress: bool = False) -> None:
     """Run this Python's pip, its output into `log`; a bar follows the compiler's `[3/13]` lines when `progress`."""
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
         raise UsageError(f"building MinkowskiEngine needs pip in this environment: {sys.executable} -m ensurepip")
     command = [sys.executable, "-m", "pip", arguments[0], "--retries", "10", *arguments[1:]]
-    for attempt in range(attempts):
-        with open(log, "a") as file, _bar(progress) as advance:
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-            )
-            for line in process.stdout:
-                file.write(line)
-                advance(line)
-            status = process.wait()
-        if status == 0:
-            return
-        if attempt + 1 < attempts:
-            time.sleep(5)
-    raise subprocess.CalledProcessError(status, command, output=log.read_text(), stderr=str(log))
-
-
-@contextmanager
-def _bar(shown: bool) -> Iterator:
-    with tqdm(desc="compiling", unit="file", disable=not shown, mininterval=0) as bar:
-
-        def advance(line: str) -> None:
+    with open(log, "a") as file, tqdm(desc="compiling", unit="file", disable=not progress, mininterval=0) as bar:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        for line in process.stdout:
+            file.write(line)
             if match := re.match(r"\s*\[(\d+)/(\d+)\]", line):
                 bar.total = int(match[2])
                 bar.update(int(match[1]) - bar.n)
-
-        yield advance
+    if status := process.wait():
+        raise subprocess.CalledProcessError(status, command, output=log.read_text(), stderr=str(log))
 
 
 def install(wheel: Path) -> None:
@@ -189,8 +171,8 @@ def install(wheel: Path) -> None:
 def failure(error: subprocess.CalledProcessError, cuda: bool) -> str:
     """Why a step failed, in one line."""
     lines = (error.output or error.stderr or "").splitlines()
-    wrong = next((line.strip() for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)), "no message")
-    text = f"{wrong[:300]}"
+    errors = [line.strip() for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+    text = (errors or lines[-1:] or ["no message"])[0][:300]
     if os.path.isfile(error.stderr or ""):
         text += f" (all of it: {error.stderr})"
     return f"MinkowskiEngine did not build: {text}" + (f"; {TOO_NEW}; {OTHERS}" if cuda else "")
