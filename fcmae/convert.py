@@ -1,123 +1,214 @@
-"""Weights from one layout to another: `python -m fcmae.convert SRC DST --to {timm,fcmae,minkowski}`."""
+"""Weights from one layout to another: `python -m fcmae.convert SRC DST --to LAYOUT`.
+
+SRC is told by its content: a run folder or checkpoint of this toolkit, a file of the authors, timm or transformers.
+What is written was run beside its source on the same random images, and agreed.
+"""
 
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
-import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from fcmae.errors import UsageError
-from fcmae.files import write_whole
-from fcmae.layouts import minkowski, official, timm, training
+from fcmae.export import BATCHES, GRAPHS, run_hf, to_hf
+from fcmae.files import aside, write_whole
+from fcmae.layouts import LAYOUTS, stem, timm, training
+from fcmae.layouts.running import Outputs, outputs
+from fcmae.layouts.spec import Spec, read_spec
+from fcmae.masking import grid_size
+from fcmae.report import describe
+from fcmae.weights import Weights, read_checkpoint, read_weights
 
+__all__ = ["convert", "main", "read_checkpoint"]
 
-def load_tensors(path: str | Path) -> dict:
-    """What a `.safetensors` or torch file holds, on the CPU, without running any code from it.
-
-    Raises UsageError when the file is missing, damaged, or a pickle that holds more than tensors and plain data.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"no such file: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # The authors' scripts save their command line beside the weights: a Namespace, plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(
-            f"{path} is no torch file, or holds more than tensors and plain data, which is refused: it could run code"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{path} is not a whole safetensors or weights-only torch file: {reason}") from None
-
-
-def check_archive(path: str | Path) -> None:
-    """Hold every byte of a torch checkpoint against its zip archive's CRC-32; UsageError if one differs."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{path} is not a whole checkpoint: {error}") from None
-    if bad is not None:
-        raise UsageError(f"{path} is damaged: the checksum of {bad} does not match")
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The weights of `path` under this toolkit's names, ready for `model.load_state_dict(..., strict=True)`.
-
-    Known layouts: this toolkit's checkpoints and the authors' FCMAE pretraining files (MinkowskiEngine layout), bare or
-    under a `model` entry. Raises UsageError for a file that is damaged or of an unknown layout, naming its first keys.
-    """
-    data = load_tensors(path)
-    state = data["model"] if isinstance(data, dict) and isinstance(data.get("model"), dict) else data
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
-        raise UsageError(f"{path} holds no state dict of tensors")
-    if official.recognises(state):
-        return official.to_fcmae(state)
-    state = minkowski.to_fcmae(state)
-    if "encoder.stem.0.weight" in state and "mask_token" in state:
-        return state
-    if "head.norm.weight" in state and "stem.0.weight" in state:
-        raise UsageError(
-            f"{path} holds an encoder in timm's layout alone; load it with timm.create_model(checkpoint_path=...)"
-        )
-    raise UsageError(f"{path} is of an unknown layout; its first keys are {', '.join(sorted(state)[:3])}")
+TARGETS = (*LAYOUTS, *GRAPHS)
+SUFFIXES = {"onnx": (".onnx",), "exported": (".pt2",), "hf": ("",)}
+TENSOR_FILES = (".safetensors", ".pt", ".pth")
+TOLERANCE = 1e-5  # of the largest magnitude, between source and result
+TRIED = (64, 96)  # pixels of the random images
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: SRC is anything `read_checkpoint` takes; DST gets the dense encoder under timm's names."""
-    parser = argparse.ArgumentParser("fcmae.convert", description=__doc__)
-    parser.add_argument("src", type=Path, help="a checkpoint of this toolkit or of the authors' FCMAE pretraining")
-    parser.add_argument("dst", type=Path, help="the file to write")
-    parser.add_argument(
-        "--to",
-        choices=["timm", "fcmae", "minkowski"],
-        default="timm",
-        help="timm: the dense encoder, as .safetensors. fcmae, minkowski: the whole model in the layout of that "
-        "backend; of a run's checkpoint everything, so that a run can go on from it (resume=DST)",
+    """The command; exit status 0, or 2 with one line for bad input."""
+    parser = argparse.ArgumentParser(
+        "fcmae.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--force", action="store_true", help="overwrite DST")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("src", type=Path, help="weights of any known layout: a file, a run's or transformers' folder")
+    parser.add_argument(
+        "dst", type=Path, help=f"file to write ({', '.join(TENSOR_FILES)}, .onnx, .pt2), or hf's folder"
+    )
+    texts = ", ".join(f"{name}: {layout.text}" for name, layout in LAYOUTS.items())
+    parser.add_argument("--to", choices=TARGETS, default="timm", help=f"layout of DST ({texts}); default timm")
+    parser.add_argument("--force", action="store_true", help="write over DST")
+    parser.add_argument("--no-verify", action="store_true", help="do not run source and result on random images")
+    parser.add_argument("--with-decoder", action="store_true", help="keep the decoder")
+    parser.add_argument("--ema", action="store_true", help="take SRC's averaged weights")
+    parser.add_argument("--in-chans", type=int, metavar="N", help="a stem for N channels")
+    parser.add_argument(
+        "--stem", choices=stem.MODES, default="mean", help="how --in-chans makes it: the mean of all kernels, the "
+        "kernels in turn (both scaled), or the first ones; default mean"
+    )  # fmt: skip
+    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="of hf, onnx, exported; default 224")
+    given = parser.parse_args(argv)
+    options = {key: value for key, value in vars(given).items() if key not in ("src", "dst", "to", "no_verify")}
     try:
-        if arguments.dst.exists() and not arguments.force:
-            raise UsageError(f"{arguments.dst} exists; choose another name or give --force")
-        if arguments.to == "timm":
-            tensors = timm.from_encoder(encoder_of(read_checkpoint(arguments.src)))
-            write_whole(arguments.dst, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
-        else:
-            payload = in_layout(arguments.src, arguments.to)
-            tensors = payload["model"]
-            write_whole(arguments.dst, lambda file: torch.save(payload, file))
+        convert(given.src, given.dst, given.to, verify=not given.no_verify, say=print, **options)
     except UsageError as error:
         print(f"fcmae.convert: error: {error}", file=sys.stderr)
         return 2
-    parameters = sum(t.numel() for t in tensors.values())
-    print(f"{arguments.dst}: {len(tensors)} tensors, {parameters:,} parameters, {arguments.to} layout")
     return 0
 
 
-def in_layout(path: Path, name: str) -> dict:
-    """A run's checkpoint, or `{"model": ...}` from other files, in the layout `fcmae` or `minkowski`."""
-    layout = {"fcmae": minkowski.to_fcmae, "minkowski": minkowski.from_fcmae}[name]
-    data = load_tensors(path)
-    if isinstance(data, dict) and "optimizer" in data and "format" in data:
-        return training.translate(data, layout)
-    return {"model": layout(read_checkpoint(path))}
+def convert(
+    src: Path,
+    dst: Path,
+    to: str = "timm",
+    *,
+    force: bool = False,
+    verify: bool = True,
+    with_decoder: bool = False,
+    ema: bool = False,
+    in_chans: int | None = None,
+    stem: str = "mean",
+    image_size: int = 224,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Convert as the command does; `say` gets the lines of its report, the last one when DST is written.
+
+    Raises UsageError for what cannot be read, held by the target, or does not give the source's outputs; DST is then as
+    it was.
+    """
+    check_target(dst, to, force)
+    weights = read_weights(src, ema)
+    state, spec, channels = weights.ours, weights.spec, None
+    grid_size((image_size, image_size), 32)
+    whole_run = weights.training is not None and to in ("fcmae", "minkowski") and dst.suffix in (".pt", ".pth")
+    if whole_run and in_chans is None and not ema:
+        describe(weights, LAYOUTS[to], weights.ours, spec, dst, say)
+        _write_tensors(dst, training.translate(weights.training, _layout(to)))
+        say(f"written   {dst}, with the state of the optimizer: a run goes on from it with resume={dst}")
+        return
+    if in_chans is not None and in_chans != spec.in_chans:
+        if with_decoder or in_chans < 1:
+            raise UsageError(f"--in-chans {in_chans}: 1 or more, and without --with-decoder, which predicts pixels")
+        state, channels = _with_stem(state, spec.in_chans, in_chans, stem)
+    layout = LAYOUTS["timm" if to in GRAPHS else to]
+    state = _parts(state, spec, layout.holds, with_decoder, to)
+    if layout.name in ("timm", "hf"):
+        state = timm.with_norm(state)
+    spec = read_spec(state, "the result")
+    describe(weights, layout, state, spec, dst, say)
+    made = {key: x.contiguous() for key, x in layout.from_fcmae(state).items()}
+    check = partial(_check, weights, spec, channels) if verify else None
+    if to in GRAPHS:
+        _graph(to, made, spec, dst, image_size, check, say)
+    elif to == "hf":
+        with aside(dst) as folder:
+            to_hf(made, spec, folder, image_size)
+            say(check(partial(run_hf, folder, spec), TRIED) if check else UNVERIFIED)
+    else:
+        say(check(partial(outputs, to, made, spec), TRIED) if check else UNVERIFIED)
+        _write_tensors(dst, made if dst.suffix == ".safetensors" else {"model": made})
+    say(f"written   {dst}")
 
 
-def encoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a state dict, as `FCMAE.encoder` names it."""
-    return {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+UNVERIFIED = "verified  no: --no-verify"
+
+
+def check_target(dst: Path, to: str, force: bool) -> None:
+    """Raises UsageError when DST exists, cannot be there, or is named as what it will not be."""
+    wanted = SUFFIXES.get(to, TENSOR_FILES)
+    if dst.suffix not in wanted and to != "hf":
+        raise UsageError(f"{dst}: --to {to} writes a file named *{' or *'.join(wanted)}")
+    if not dst.parent.is_dir():
+        raise UsageError(f"{dst.parent} is no folder to write {dst.name} into; make it first")
+    if dst.exists() and not force:
+        raise UsageError(f"{dst} exists; choose another name or give --force")
+    if dst.exists() and dst.is_dir() != (to == "hf"):
+        raise UsageError(f"{dst} is a {'folder' if dst.is_dir() else 'file'}, which --force does not replace")
+
+
+def _layout(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """The translation of any run's state dict into `fcmae` or `minkowski`, which are the two that runs have."""
+    return LAYOUTS["minkowski"].from_fcmae if name == "minkowski" else LAYOUTS["minkowski"].to_fcmae
+
+
+def _parts(
+    state: dict[str, Tensor], spec: Spec, holds: frozenset[str], with_decoder: bool, to: str
+) -> dict[str, Tensor]:
+    """What of the model goes into the target."""
+    if with_decoder and "decoder" not in holds:
+        raise UsageError(f"--with-decoder: {to} has no place for a decoder; fcmae, minkowski and official have")
+    if with_decoder and spec.decoder is None:
+        raise UsageError("--with-decoder: the source has no decoder")
+    kept = ("encoder.", *(("norm.", "head.") if "head" in holds else ()))
+    decoder = ("proj.", "mask_token", "decoder.", "pred.") if with_decoder else ()
+    return {key: x for key, x in state.items() if key.startswith((*kept, *decoder))}
+
+
+def _with_stem(state: dict[str, Tensor], source: int, target: int, mode: str) -> tuple[dict[str, Tensor], Tensor]:
+    channels = stem.channel_map(mode, source, target)
+    state = {key: x for key, x in state.items() if not key.startswith(("proj.", "mask_token", "decoder.", "pred."))}
+    return state | {"encoder.stem.0.weight": stem.adapt(state["encoder.stem.0.weight"], channels)}, channels
+
+
+def _check(
+    weights: Weights, spec: Spec, channels: Tensor | None, run: Callable[[Tensor], Outputs], size: tuple[int, int],
+    batch: int = 2, tolerance: float = TOLERANCE,
+) -> str:  # fmt: skip
+    """Run the source and `run` on the same random images; a line that says how far apart they are.
+
+    channels: the `channel_map` of a changed stem, through which the source sees what the result sees.
+    Raises UsageError where they differ by more than `tolerance` of the largest magnitude.
+    """
+    images = torch.randn(batch, spec.in_chans, *size, generator=torch.Generator().manual_seed(0))
+    seen = images if channels is None else torch.einsum("bthw,ts->bshw", images, channels.float())
+    expected, found = outputs(weights.layout.name, weights.state, weights.spec, seen), run(images)
+    worst = 0.0
+    for name in found:
+        scale = expected[name].abs().max().item()
+        apart = (found[name] - expected[name]).abs().max().item() / (scale or 1.0)
+        if not apart <= tolerance:  # nan included
+            raise UsageError(
+                f"the result's {name} differ from the source's by {apart:.3g} of the largest on random images, more "
+                f"than {tolerance:g}: nothing was written (--no-verify writes it all the same)"
+            )
+        worst = max(worst, apart)
+    what = " and ".join(found)
+    return f"verified  {what} of {batch} random images of {size[0]} x {size[1]} differ by {worst:.1e} of the largest"
+
+
+def _graph(
+    to: str, made: dict[str, Tensor], spec: Spec, dst: Path, image_size: int, check: Callable | None, say: Callable
+) -> None:
+    """Write an ONNX or torch.export file, tried with several batch sizes."""
+    write, run, tolerance = GRAPHS[to]
+    name = "logits" if spec.classes else "features"
+    with aside(dst) as path:
+        write(made, spec, path, image_size)
+
+        def outputs_of(images: Tensor) -> Outputs:
+            return {name: run(path, images)}
+
+        for batch in BATCHES if check else ():
+            say(check(outputs_of, (image_size, image_size), batch=batch, tolerance=tolerance))
+        if check is None:
+            say(UNVERIFIED)
+
+
+def _write_tensors(dst: Path, content: dict) -> None:
+    if dst.suffix == ".safetensors":
+        # One entry only: safetensors writes several in random order, and equal weights should be equal files.
+        write_whole(dst, lambda file: file.write(save(content, metadata={"format": "pt"})))
+    else:
+        write_whole(dst, lambda file: torch.save(content, file))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Kernels on packed visible tiles. Not public API: the models call these through `fcmae.models.support`."""
 
 if __name__ == "kernels":
-    raise ImportError(
-        "this folder is the package fcmae.kernels, not a top-level module: import fcmae.kernels instead "
-        "(after `pip install -e .`)"
-    )
+    # From a checkout this folder hides the PyPI package of that name, for which others look, such as transformers:
+    # they shall find nothing in it, and whoever means it the right name.
+    __path__: list[str] = []
+
+    def __getattr__(name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError("this folder is the package fcmae.kernels: import that (after `pip install -e .`)")
 
 
 def backends() -> dict[str, str]:

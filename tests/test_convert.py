@@ -1,43 +1,278 @@
-"""Reading and converting weights: what is taken, what is refused, and that nothing runs or is overwritten."""
+"""Converting weights: every layout there and back, what is proven before writing, what is refused."""
 
 import argparse
+import dataclasses
 import pickle
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
-from fcmae.convert import main, read_checkpoint
-from fcmae.layouts import official
-from helpers import close, golden, section
+from fcmae import create_model
+from fcmae.convert import convert, main, read_checkpoint
+from fcmae.layouts import LAYOUTS
+from fcmae.models import CONVNEXTV2_SIZES
+from helpers import close, golden, section, shake
+from small_runs import assert_same
+
+NAME = "fcmae_b1_128px"
 
 
-def save_official(path):
+@pytest.fixture
+def authors(tmp_path):
     """What the authors' pretraining script writes: the weights under `model`, its command line beside them."""
-    tensors, _ = golden("fcmae_b1_128px")
+    tensors, _ = golden(NAME)
+    path = tmp_path / "checkpoint-799.pth"
     torch.save({"model": section(tensors, "checkpoint."), "args": argparse.Namespace(lr=1.5e-4, mask_ratio=0.6)}, path)
-    return tensors
+    return path
 
 
-def test_the_authors_file_becomes_a_timm_model(tmp_path, capsys):
-    tensors = save_official(tmp_path / "checkpoint-799.pth")
-    assert main([str(tmp_path / "checkpoint-799.pth"), str(tmp_path / "encoder.safetensors"), "--to", "timm"]) == 0
-    assert "encoder.safetensors" in capsys.readouterr().out
-    dense = timm.models.convnext.ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), use_grn=True, ls_init_value=None)
-    dense.reset_classifier(0)
+def ordered(state):
+    return dict(sorted(state.items()))
+
+
+def pooled(features):
+    return torch.nn.functional.layer_norm(features.mean((2, 3)), (features.shape[1],), eps=1e-6)
+
+
+def auto_backbone(folder, **settings):
+    """What AutoBackbone makes of a folder. Its own from_pretrained asks the hub first, even so (transformers 5.23)."""
+    from transformers import AutoBackbone
+
+    cls = super(AutoBackbone.__mro__[1], AutoBackbone)
+    return cls.from_pretrained(str(folder), output_loading_info=True, **settings)
+
+
+def small_timm(classes=0):
+    model = timm.models.convnext.ConvNeXt(
+        depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), use_grn=True, ls_init_value=None, num_classes=classes
+    )
+    return shake(model).eval()
+
+
+def test_the_authors_file_becomes_a_timm_model(authors, tmp_path, capsys):
+    tensors, _ = golden(NAME)
+    count = len(section(tensors, "checkpoint."))
+    assert main([str(authors), str(tmp_path / "encoder.safetensors"), "--to", "timm"]) == 0
+    report = capsys.readouterr().out
+    for words in (
+        f"official layout (the authors' FCMAE pretraining), {count} tensors",
+        "decoder of 1 x 16",
+        "CC BY-NC 4.0",
+        f"left out  {count - len(section(tensors, 'checkpoint.encoder.'))}:",
+        "\n            decoder.0.dwconv.weight\n",
+        "added     2:\n            head.norm.weight (32,)",
+        "encoder.stages.0.0.dwconv.kernel (49, 8) -> stages.0.blocks.0.conv_dw.weight (8, 1, 7, 7)",
+        "verified  features of 2 random images",
+        "written ",
+    ):
+        assert words in report, (words, report)
+    dense = small_timm()
     timm.models.load_checkpoint(dense, str(tmp_path / "encoder.safetensors"), strict=True)
     with torch.no_grad():
         close(dense.eval()(tensors["image"]), tensors["dense_features"], 1e-5)
 
 
-def test_our_names_and_values(tmp_path):
-    tensors = save_official(tmp_path / "a.pth")
-    state = read_checkpoint(tmp_path / "a.pth")
+def test_goldens_through_every_layout_and_back(authors, tmp_path):
+    tensors, _ = golden(NAME)
+    original = section(tensors, "checkpoint.")
+    encoder = {key: x for key, x in original.items() if key.startswith("encoder.")}
+    for to in LAYOUTS:
+        if to == "hf":
+            continue  # writes a folder: below
+        convert(authors, tmp_path / f"{to}.pth", to)
+        convert(tmp_path / f"{to}.pth", tmp_path / f"{to}-back.safetensors", "official")
+        assert_same(ordered(load_file(tmp_path / f"{to}-back.safetensors")), ordered(encoder))
+    for to in ("fcmae", "minkowski", "official"):
+        convert(authors, tmp_path / f"{to}-whole.safetensors", to, with_decoder=True)
+        convert(tmp_path / f"{to}-whole.safetensors", tmp_path / f"{to}-again.pt", "official", with_decoder=True)
+        assert_same(ordered(torch.load(tmp_path / f"{to}-again.pt")["model"]), ordered(original))
     dense = section(tensors, "dense.")  # the authors' own densification
+    found = torch.load(tmp_path / "dense.pth")["model"]
+    assert_same(ordered(found), ordered({key: x for key, x in dense.items() if key in found}))
+    assert len(found) == len(encoder)
+
+
+def test_transformers_loads_what_is_written(authors, tmp_path):
+    from transformers import ConvNextV2Model
+
+    tensors, _ = golden(NAME)
+    convert(authors, tmp_path / "hf", "hf", image_size=128)
+    model, info = ConvNextV2Model.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"] and model.config.image_size == 128
+    with torch.no_grad():
+        close(model.eval()(tensors["image"]).pooler_output, tensors["dense_features"], 1e-5)
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    for wanted in (["stage4"], stages):
+        backbone, info = auto_backbone(tmp_path / "hf", out_features=wanted)
+        assert not info["missing_keys"]
+        with torch.no_grad():
+            maps = backbone.eval()(tensors["image"]).feature_maps
+        assert [tuple(m.shape[1:]) for m in maps][-1] == (32, 4, 4) and len(maps) == len(wanted)
+    convert(tmp_path / "hf", tmp_path / "back.safetensors", "official")
+    original = {k: x for k, x in section(tensors, "checkpoint.").items() if k.startswith("encoder.")}
+    assert_same(ordered(load_file(tmp_path / "back.safetensors")), ordered(original))
+
+
+def test_a_classifier_goes_along(tmp_path):
+    from transformers import ConvNextV2ForImageClassification, ConvNextV2Model
+
+    model = small_timm(classes=5)
+    torch.save({"state_dict": {f"module.{key}": x for key, x in model.state_dict().items()}}, tmp_path / "tuned.pth")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, features = model(images), model.forward_features(images)
+    convert(tmp_path / "tuned.pth", tmp_path / "hf", "hf")
+    tuned, info = ConvNextV2ForImageClassification.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and tuned.config.num_labels == 5
+    with torch.no_grad():
+        close(tuned.eval()(images).logits, logits, 1e-5)
+    _, info = ConvNextV2Model.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"]
+    plain, info = auto_backbone(tmp_path / "hf")
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        close(plain.eval()(images).feature_maps[-1], torch.nn.functional.layer_norm(
+            features.movedim(1, -1), (32,), eps=1e-6).movedim(-1, 1), 1e-5)  # fmt: skip
+    for to, dst in (("dense", "dense.pth"), ("timm", "timm.safetensors")):
+        convert(tmp_path / "hf", tmp_path / dst, to)
+    again = small_timm(classes=5)
+    again.load_state_dict(load_file(tmp_path / "timm.safetensors"), strict=True)
+    assert_same(ordered(again.state_dict()), ordered(model.state_dict()))
+    assert torch.load(tmp_path / "dense.pth")["model"]["head.weight"].shape == (5, 32)
+
+
+SIZES = [pytest.param(s, marks=[pytest.mark.slow] if s in ("base", "large", "huge") else []) for s in CONVNEXTV2_SIZES]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_through_timm_transformers_and_the_authors(size):
+    from transformers import ConvNextV2Config, ConvNextV2Model
+
+    name = f"convnextv2_{size}"
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=0).state_dict()
+        depths, dims = CONVNEXTV2_SIZES[size]
+        other = ConvNextV2Model(ConvNextV2Config(depths=list(depths), hidden_sizes=list(dims))).state_dict()
+    state = {key: torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) for key, x in theirs.items()}
+    ours = LAYOUTS["timm"].to_fcmae(state)
+    assert_same(LAYOUTS["timm"].from_fcmae(ours), state)
+    hf = LAYOUTS["hf"].from_fcmae(ours)
+    assert {key: x.shape for key, x in hf.items()} == {key: x.shape for key, x in other.items()}
+    assert_same(LAYOUTS["hf"].to_fcmae(hf), ours)
+    for layout in ("official", "dense", "minkowski", "fcmae"):
+        made = LAYOUTS[layout].from_fcmae(ours)
+        assert layout == "fcmae" or "encoder.stages.0.blocks.0.conv_dw.weight" not in made
+        assert_same(LAYOUTS[layout].to_fcmae(made), ours)
+
+
+def test_a_named_size_loads_in_timm_by_name(tmp_path):
+    model = shake(create_model("fcmae_convnextv2_atto", image_size=64, decoder_dim=16))
+    torch.save(model.state_dict(), tmp_path / "atto.pt")
+    convert(tmp_path / "atto.pt", tmp_path / "atto.safetensors")
+    dense = timm.create_model("convnextv2_atto", num_classes=0, checkpoint_path=str(tmp_path / "atto.safetensors"))
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        close(dense.eval().forward_features(images), model.encode(images), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["mean", "repeat", "first"])
+@pytest.mark.parametrize("chans", [1, 4, 6])
+def test_other_channels_and_back(authors, tmp_path, mode, chans):
+    convert(authors, tmp_path / "n.safetensors", "timm", in_chans=chans, stem=mode)
+    convert(tmp_path / "n.safetensors", tmp_path / "three.safetensors", "timm", in_chans=3, stem=mode)
+    convert(authors, tmp_path / "whole.safetensors", "timm")
+    stems = [load_file(tmp_path / f"{name}.safetensors")["stem.0.weight"] for name in ("whole", "n", "three")]
+    assert stems[1].shape == (8, chans, 4, 4)
+    if mode == "first":
+        kept = min(chans, 3)
+        assert torch.equal(stems[1][:, :kept], stems[0][:, :kept]) and not stems[1][:, kept:].any()
+    else:  # an image that is equal in all channels gives what it gave; the trip back keeps that
+        for made in stems[1:] if mode == "mean" or chans == 6 else ():
+            close(made.sum(1), stems[0].sum(1), 1e-6)
+    if mode == "repeat" and chans == 6:
+        close(stems[2], stems[0], 1e-6)
+    if mode == "mean":
+        close(stems[1][:, 0], stems[0].sum(1) / chans, 1e-6)
+
+
+@pytest.mark.slow
+def test_onnx_runs_in_onnxruntime(authors, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    tensors, _ = golden(NAME)
+    assert main([str(authors), str(tmp_path / "x.onnx"), "--to", "onnx", "--image-size", "128"]) == 0
+    report = capsys.readouterr().out
+    assert "verified  features of 1 random images" in report and "verified  features of 3 random images" in report
+    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
+    for batch in (1, 3):
+        images = tensors["image"].repeat(batch, 1, 1, 1)
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        close(pooled(found), tensors["dense_features"].repeat(batch, 1), 1e-4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-799.pth", "x.onnx"]
+
+
+def test_exported_program(authors, tmp_path):
+    tensors, _ = golden(NAME)
+    convert(authors, tmp_path / "x.pt2", "exported", image_size=128)
+    program = torch.export.load(str(tmp_path / "x.pt2")).module()
+    for batch in (1, 3):
+        found = program(tensors["image"].repeat(batch, 1, 1, 1))
+        close(pooled(found), tensors["dense_features"].repeat(batch, 1), 1e-5)
+
+
+def test_averaged_weights_and_entries(authors, tmp_path):
+    one, two = (shake(small_timm(), seed).state_dict() for seed in (1, 2))
+    torch.save({"model": one, "model_ema": two, "epoch": 3}, tmp_path / "both.pth")
+    torch.save({"model_ema": two}, tmp_path / "only.pth")
+    for source, ema, expected in (("both", False, one), ("both", True, two), ("only", False, two)):
+        out = tmp_path / f"{source}{ema}.safetensors"
+        convert(tmp_path / f"{source}.pth", out, ema=ema)
+        assert_same(load_file(out)["stages.0.blocks.0.conv_dw.weight"], expected["stages.0.blocks.0.conv_dw.weight"])
+    with pytest.raises(ValueError, match="no averaged weights"):
+        convert(authors, tmp_path / "none.safetensors", ema=True)
+
+
+def test_read_checkpoint_gives_our_names_and_values(authors):
+    tensors, _ = golden(NAME)
+    state, dense = read_checkpoint(authors), section(tensors, "dense.")
     assert torch.equal(state["encoder.stages.2.blocks.1.conv_dw.weight"], dense["stages.2.1.dwconv.weight"])
     assert torch.equal(state["encoder.stages.3.downsample.1.weight"], dense["downsample_layers.3.1.weight"])
     assert torch.equal(state["encoder.stages.0.blocks.0.mlp.grn.weight"], dense["stages.0.0.grn.gamma"].flatten())
-    assert not official.recognises(state) and len(state) == len(section(tensors, "checkpoint."))
+    assert len(state) == len(section(tensors, "checkpoint."))
+
+
+def test_a_result_that_differs_is_not_written(authors, tmp_path, monkeypatch, capsys):
+    wrong = dataclasses.replace(LAYOUTS["timm"], theirs=lambda key, x: x * 1.01 if key == "stem.0.weight" else x)
+    monkeypatch.setitem(LAYOUTS, "timm", wrong)
+    assert main([str(authors), str(tmp_path / "x.safetensors")]) == 2
+    error = capsys.readouterr().err
+    assert "features differ from the source's by" in error and error.count("\n") == 1
+    assert not (tmp_path / "x.safetensors").exists()
+    assert main([str(authors), str(tmp_path / "x.safetensors"), "--no-verify"]) == 0
+    assert "verified  no: --no-verify" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "to,name", [("timm", "x.safetensors"), ("official", "x.pth"), ("hf", "x"), ("exported", "x.pt2")]
+)
+def test_interrupted_while_writing(authors, tmp_path, monkeypatch, to, name):
+    """At the last moment, with everything written but for the name: DST is absent, or what it was."""
+    import os
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for before in (None, "as it was"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", interrupted)
+            convert(authors, tmp_path / name, to, force=True, verify=False)
+        left = [p for p in tmp_path.iterdir() if p.name.startswith(".x")]
+        assert (tmp_path / name).exists() == bool(before) and not left, left
+        if to == "hf":
+            break
+        (tmp_path / name).write_text("as it was")
+        assert (tmp_path / name).read_text() == "as it was"
 
 
 class Payload:
@@ -45,34 +280,70 @@ class Payload:
         return (open, ("ran-code", "w"))
 
 
-def test_refused_in_one_line(tmp_path, capsys, monkeypatch):
+def test_refused_in_one_line(authors, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_official(tmp_path / "good.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:-2000])
+    good = authors.read_bytes()
+    state = torch.load(authors, weights_only=False)["model"]
+    (tmp_path / "cut.pth").write_bytes(good[:-2000])
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 16
+    (tmp_path / "flipped.pth").write_bytes(flipped)
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Payload()))
     torch.save({"model": Payload()}, tmp_path / "code.pth")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.pth")
+    torch.save({f"stages.{i}.blocks.0.norm.bias": torch.zeros(2) for i in range(4)}, tmp_path / "near.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    assert main(["good.pth", "exists.safetensors"]) == 0
+    torch.save({key: x for key, x in state.items() if "stages.2.0.pwconv1" not in key}, tmp_path / "holes.pth")
+    torch.save(state | {"encoder.stages.1.0.grn.gamma": torch.zeros(1, 7)}, tmp_path / "mixed.pth")
+    torch.save(state | {"encoder.extra": torch.zeros(3)}, tmp_path / "extra.pth")
+    save_file({key: x for key, x in state.items() if not key.startswith("encoder.stages.3")}, "part.safetensors")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert main(["checkpoint-799.pth", "exists.safetensors"]) == 0
     before = (tmp_path / "exists.safetensors").read_bytes()
     capsys.readouterr()
-    for source, words in [
-        ("none.pth", "no such file"),
-        ("cut.pth", "cut.pth"),
-        ("cut.safetensors", "not a whole"),
-        ("pickle.pth", "could run code"),
-        ("code.pth", "could run code"),
-        ("foreign.pth", "unknown layout; its first keys are weight"),
-        ("list.pth", "no state dict"),
-        ("exists.safetensors", "timm's layout"),
+    for arguments, words in [
+        ("none.pth new.safetensors", "no such file"),
+        ("cut.pth new.safetensors", "cut.pth"),
+        ("flipped.pth new.safetensors", "flipped.pth"),
+        ("cut.safetensors new.safetensors", "not a whole"),
+        ("empty.pth new.safetensors", "empty.pth"),
+        ("photo.png new.safetensors", "photo.png"),
+        ("pickle.pth new.safetensors", "could run code"),
+        ("code.pth new.safetensors", "could run code"),
+        ("foreign.pth new.safetensors", "unknown layout; its first keys are weight"),
+        ("near.pth new.safetensors", "the nearest is timm, with 4 of 4 keys"),
+        ("list.pth new.safetensors", "no state dict"),
+        ("holes.pth new.safetensors", "2 missing: encoder.stages.2.blocks.0.mlp.fc1.bias"),
+        ("mixed.pth new.safetensors", "encoder.stages.1.blocks.0.mlp.grn.weight is (7,) where (64,) belongs"),
+        ("extra.pth new.safetensors", "1 unknown: encoder.extra"),
+        ("part.safetensors new.safetensors", "no whole ConvNeXt V2"),
+        ("folder new.safetensors", "name a file"),
+        ("run new.safetensors", "without a checkpoint yet"),
+        ("checkpoint-799.pth exists.safetensors", "--force"),
+        ("checkpoint-799.pth folder --to hf", "--force"),
+        ("checkpoint-799.pth folder/x.bin", "*.safetensors or *.pt"),
+        ("checkpoint-799.pth nowhere/x.pth", "nowhere is no folder"),
+        ("checkpoint-799.pth x.pth --to onnx", "*.onnx"),
+        ("checkpoint-799.pth x.pth --with-decoder", "timm has no place for a decoder"),
+        ("exists.safetensors x.pth --to official --with-decoder", "source has no decoder"),
+        ("checkpoint-799.pth x.pth --in-chans 0", "1 or more"),
+        ("checkpoint-799.pth x.pt2 --to exported --image-size 100", "multiple"),
+        ("checkpoint-799.pth folder --to timm --force", "*.safetensors"),
     ]:
-        assert main([source, "new.safetensors"]) == 2
+        assert main(arguments.split()) == 2, arguments
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and "\x1b" not in error, error
-    assert main(["good.pth", "exists.safetensors"]) == 2 and "--force" in capsys.readouterr().err
     assert (tmp_path / "exists.safetensors").read_bytes() == before
-    assert not (tmp_path / "new.safetensors").exists() and not (tmp_path / "ran-code").exists()
-    with pytest.raises(SystemExit) as caught:
-        main(["good.pth"])
-    assert caught.value.code == 2
+    assert (
+        not list(tmp_path.glob("new*"))
+        and not (tmp_path / "ran-code").exists()
+        and not list((tmp_path / "folder").iterdir())
+    )
+    for wrong in (["good.pth"], ["checkpoint-799.pth", "x.pth", "--to", "tensorflow"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from fcmae import FCMAE
 from fcmae.convert import read_checkpoint
-from fcmae.layouts import official
+from fcmae.layouts import LAYOUTS
 from fcmae.layouts import timm as timm_layout
 from fcmae.models.support import BACKENDS
 from helpers import close, golden, section
@@ -37,7 +37,7 @@ def test_outputs_and_gradients(name, grn, backend, tmp_path):
     close(loss[None], tensors["loss"], 1e-5)
     close(pred, tensors["pred"].flatten(2).transpose(1, 2), 1e-5)
     close(model.encode(tensors["image"], mask), tensors["encoder_out"], 1e-5)
-    expected = official.to_fcmae(section(tensors, "grad."))
+    expected = LAYOUTS["official"].to_fcmae(section(tensors, "grad."))
     assert set(expected) == {n for n, _ in model.named_parameters()}
     for key, parameter in model.named_parameters():
         close(parameter.grad, expected[key], 1e-4)
@@ -51,7 +51,7 @@ def test_per_image_grn_differs_where_it_should(tmp_path):
 
 def test_dense_features_through_timm(tmp_path):
     model, tensors, _ = load("fcmae_b1_128px", tmp_path)
-    state = timm_layout.from_encoder(model.encoder.state_dict())
+    state = timm_layout.from_model(model.state_dict())
     dense = timm.models.convnext.ConvNeXt(
         depths=model.encoder.depths, dims=model.encoder.dims, use_grn=True, ls_init_value=None
     )

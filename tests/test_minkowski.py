@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fcmae import FCMAE
 from fcmae.convert import main as convert
 from fcmae.convert import read_checkpoint
-from fcmae.layouts import minkowski, official
+from fcmae.layouts import LAYOUTS
 from fcmae.minkowski import engine
 from fcmae.pretrain import main as pretrain
 from helpers import TOLERANCE, close, golden, masks, section, shake
@@ -34,7 +34,7 @@ def ordered(state):
 
 
 def gradients(model):
-    return minkowski.to_fcmae({name: p.grad for name, p in model.named_parameters()})
+    return LAYOUTS["minkowski"].to_fcmae({name: p.grad for name, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -88,7 +88,7 @@ def test_goldens_in_their_own_layout(name, grn):
     close(loss[None], tensors["loss"], 1e-5)
     close(pred, tensors["pred"].flatten(2).transpose(1, 2), 1e-5)
     close(model.encode(tensors["image"], mask), tensors["encoder_out"], 1e-5)
-    for key, gradient in official.to_fcmae(section(tensors, "grad.")).items():
+    for key, gradient in LAYOUTS["official"].to_fcmae(section(tensors, "grad.")).items():
         close(gradients(model)[key], gradient, 1e-4)
     for key, parameter in model.encoder.named_parameters():
         assert parameter.grad.shape == tensors[f"grad.encoder.{key}"].shape
@@ -100,7 +100,7 @@ def test_initial_weights_do_not_depend_on_the_backend():
         torch.manual_seed(0)
         models.append(FCMAE(**SMALL, image_size=64, backend=backend))
         following.append(torch.rand(3))
-    assert_same(ordered(minkowski.to_fcmae(models[1].state_dict())), ordered(models[0].state_dict()))
+    assert_same(ordered(LAYOUTS["minkowski"].to_fcmae(models[1].state_dict())), ordered(models[0].state_dict()))
     assert torch.equal(*following)
 
 
@@ -173,7 +173,7 @@ def test_a_run(place):
 
     # Decay is for the same parameters as elsewhere: MinkowskiEngine's GRN and biases are (1, C).
     groups = [final_state(place / name)["optimizer"]["param_groups"] for name in ("me", "native")]
-    names = [[{minkowski.NAMES.ours(n) or n for n in g["param_names"]} for g in both] for both in groups]
+    names = [[{LAYOUTS["minkowski"].names.ours(n) or n for n in g["param_names"]} for g in both] for both in groups]
     assert names[0] == names[1]
 
 

@@ -57,7 +57,7 @@ def test_nothing_masked_is_timms_dense_network(size):
     """Through the exported layout, so that it is timm's own forward; float64 leaves no room for a wrong term."""
     model = shake(create_model(f"fcmae_convnextv2_{size}", image_size=64, decoder_dim=8).double())
     dense = timm.create_model(f"convnextv2_{size}", num_classes=0).double().eval()
-    dense.load_state_dict(timm_layout.from_encoder(model.encoder.state_dict()), strict=True)
+    dense.load_state_dict(timm_layout.from_model(model.state_dict()), strict=True)
     x = images(2, 3, (64, 96))
     with torch.no_grad():
         expected = dense.forward_features(x)

@@ -94,8 +94,8 @@ def wheel_folder(cuda: bool) -> Path:
 
 
 def find_wheel(cuda: bool) -> Path | None:
-    """The wheel that an earlier build left, if any."""
-    return next(iter(sorted(wheel_folder(cuda).glob("MinkowskiEngine-*.whl"))), None)
+    """The wheel that an earlier build left, if any; setuptools differ in how they spell its name."""
+    return next(iter(sorted(wheel_folder(cuda).glob("[!.]*.whl"))), None)
 
 
 def build(cuda: bool) -> Path:

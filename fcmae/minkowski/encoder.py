@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fcmae.kernels.reference import response
 from fcmae.kernels.tiles import Tiles, pack
-from fcmae.layouts import minkowski as layout
+from fcmae.layouts import LAYOUTS
 from fcmae.minkowski import engine
 from fcmae.models.convnextv2 import ConvNeXtV2
 from fcmae.models.layers import PatchConv
@@ -98,7 +98,7 @@ class MinkowskiConvNeXtV2(nn.Module):
                 nn.ModuleList(SparseBlock(dim, grn) for _ in range(depth))
                 for depth, dim in zip(dense.depths, dims, strict=True)
             )
-        whole = layout.from_fcmae({f"encoder.{key}": value for key, value in dense.state_dict().items()})
+        whole = LAYOUTS["minkowski"].from_fcmae({f"encoder.{key}": value for key, value in dense.state_dict().items()})
         self.load_state_dict({key.removeprefix("encoder."): value for key, value in whole.items()}, strict=True)
 
     def forward(self, images: Tensor, tiles: Tiles) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fcmae.errors import UsageError
 from fcmae.kernels.tiles import Tiles
-from fcmae.layouts import minkowski, official
+from fcmae.layouts import LAYOUTS
 from fcmae.loss import check_window, masked_pixel_loss
 from fcmae.masking import check_mask, grid_size, keep_count, mask_from_noise
 from fcmae.models.convnextv2 import STRIDE, ConvNeXtV2
@@ -135,5 +135,6 @@ def _init_weights(module: nn.Module) -> None:
 
 def _to_minkowski_layout(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
     own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
-    own = official.to_fcmae(own) if official.recognises(own) else own
-    state.update({prefix + key: value for key, value in minkowski.from_fcmae(own).items()})
+    if LAYOUTS["official"].recognises(own):
+        own = LAYOUTS["official"].to_fcmae(own)
+    state.update({prefix + key: value for key, value in LAYOUTS["minkowski"].from_fcmae(own).items()})

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fcmae.convert import check_archive, load_tensors
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
+from fcmae.weights import check_archive, load_tensors
 
 FORMAT = "fcmae-checkpoint-2"
 _NAME = re.compile(r"step_(\d{9})\.pt")

@@ -14,11 +14,9 @@ from safetensors.torch import save
 from torch import nn
 
 from fcmae import config as settings
-from fcmae.convert import encoder_of
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
-from fcmae.layouts import minkowski
-from fcmae.layouts import timm as timm_layout
+from fcmae.layouts import timm
 from fcmae.train import checkpoint
 
 _ARTIFACTS = ("metrics.jsonl", "tensorboard", "checkpoints", "reconstructions", "encoder.safetensors")
@@ -115,6 +113,5 @@ class RunFolder:
     def export_encoder(self, model: nn.Module) -> None:
         """Write `encoder.safetensors`, which timm loads as its model of the same size."""
         # One entry only: safetensors writes several in random order, and equal runs should leave equal files.
-        encoder = encoder_of(minkowski.to_fcmae(model.state_dict()))
-        data = save(timm_layout.from_encoder(encoder), metadata={"format": "pt"})
+        data = save(timm.from_model(model.state_dict()), metadata={"format": "pt"})
         write_whole(self.encoder, lambda file: file.write(data))

@@ -9,7 +9,7 @@ from torch import nn
 
 from fcmae import config as settings
 from fcmae.errors import UsageError
-from fcmae.layouts import minkowski, training
+from fcmae.layouts import LAYOUTS, training
 
 
 @dataclass
@@ -60,8 +60,9 @@ class TrainState:
                 f"{where} was trained on {payload['dataset_size']} images and data.source now has {dataset_size}; "
                 f"restore the data, or start a new run with another out=..."
             )
-        layout = minkowski.from_fcmae if minkowski.recognises(self.model.state_dict()) else minkowski.to_fcmae
-        payload = training.translate(payload, layout)
+        minkowski = LAYOUTS["minkowski"]
+        own = minkowski.recognises(self.model.state_dict())
+        payload = training.translate(payload, minkowski.from_fcmae if own else minkowski.to_fcmae)
         self.model.load_state_dict(payload["model"], strict=True)
         self.optimizer.load_state_dict(training.in_order_of(payload["optimizer"], self.optimizer.state_dict()))
         self.scaler.load_state_dict(payload["scaler"])

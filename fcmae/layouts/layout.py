@@ -1,0 +1,49 @@
+"""What a layout is: names, shapes, and how to tell it by its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fcmae.layouts.names import Names
+
+State = dict[str, Tensor]
+
+
+def unchanged(key: str, x: Tensor) -> Tensor:
+    """The shape rule of a layout whose tensors are shaped as ours."""
+    return x
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How other code names and shapes the tensors that this toolkit trains.
+
+    name: as `--to` takes it. text: whose it is. names: our keys and theirs; ours(their key, tensor) and
+    theirs(their key, tensor) give the other side's shape, permuting elements at most. marks: keys that, together, only
+    this layout has. holds: which parts it has a place for besides the encoder: "decoder", "head".
+    """
+
+    name: str
+    text: str
+    names: Names
+    marks: tuple[str, ...]
+    ours: Callable[[str, Tensor], Tensor] = unchanged
+    theirs: Callable[[str, Tensor], Tensor] = unchanged
+    holds: frozenset[str] = frozenset()
+
+    def recognises(self, state: State) -> bool:
+        """Whether the keys are this layout's."""
+        return all(mark in state for mark in self.marks)
+
+    def to_fcmae(self, state: State) -> State:
+        """The same values under this toolkit's names and shapes; keys that the layout does not know stay."""
+        known = {key: self.names.ours(key) for key in state}
+        return {known[key] or key: self.ours(key, x) if known[key] else x for key, x in state.items()}
+
+    def from_fcmae(self, state: State) -> State:
+        """The same values in this layout; keys that it has no name for stay."""
+        known = {key: self.names.theirs(key) for key in state}
+        return {known[key] or key: self.theirs(known[key], x) if known[key] else x for key, x in state.items()}

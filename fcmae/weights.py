@@ -1,0 +1,155 @@
+"""Reading weights: any file or folder whose layout is known, without running code from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fcmae.errors import UsageError
+from fcmae.layouts import LAYOUTS, Layout
+from fcmae.layouts.spec import Spec, read_spec
+
+# Under which names training scripts keep the weights among other things; the averaged ones with `ema`.
+ENTRIES = ("model", "state_dict", "module")
+EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema")
+# What wrappers put before every name, and transformers before an encoder's.
+PREFIXES = ("module.", "_orig_mod.", "convnextv2.")
+# Of no meaning to a model here: transformers' backbones normalize feature maps by these, which nothing pretrains.
+IGNORED = ("hidden_states_norms.",)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights as they were found and as this toolkit names them.
+
+    state: in their layout. ours: in this toolkit's. training: the whole checkpoint, where it is one that a run can go
+    on from. ignored: keys left out.
+    """
+
+    path: Path
+    layout: Layout
+    state: dict[str, Tensor]
+    ours: dict[str, Tensor]
+    spec: Spec
+    training: dict | None
+    ignored: tuple[str, ...]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The weights of `path` under this toolkit's names, ready for `model.load_state_dict(..., strict=True)`.
+
+    path: a run folder of this toolkit or one of its checkpoints, a file of the authors' pretraining or dense model,
+    timm's or transformers' weights (a file, or the folder that `save_pretrained` wrote); torch files or safetensors. A
+    file without a decoder gives the encoder alone (`encoder.*`), one of a fine-tuned model the classifier besides
+    (`norm.*`, `head.*`). Raises UsageError for a file that is damaged, of an unknown layout, or not whole.
+    """
+    return read_weights(path).ours
+
+
+def read_weights(path: str | Path, ema: bool = False) -> Weights:
+    """The same with what there is to know about it. ema: take the file's averaged weights."""
+    path = Path(path)
+    data = _load(path)
+    state = _entry(data, path, ema)
+    if not state or not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()):
+        raise UsageError(f"{path} holds no state dict of tensors")
+    for prefix in PREFIXES:
+        state = {key.removeprefix(prefix): x for key, x in state.items()}
+    ignored = tuple(key for key in state if key.startswith(IGNORED))
+    state = {key: x for key, x in state.items() if key not in ignored}
+    layout = recognise(state, path)
+    ours = layout.to_fcmae(state)
+    training = data if isinstance(data, dict) and {"format", "optimizer", "model"} <= data.keys() else None
+    return Weights(path, layout, state, ours, read_spec(ours, str(path)), training, ignored)
+
+
+def recognise(state: dict[str, Tensor], where: str | Path) -> Layout:
+    """The layout whose keys these are. Raises UsageError with the first keys and the nearest layout."""
+    for layout in LAYOUTS.values():
+        if layout.recognises(state):
+            return layout
+    known = {layout: sum(layout.names.ours(key) is not None for key in state) for layout in LAYOUTS.values()}
+    nearest = max(known, key=known.get)
+    hint = f"; the nearest is {nearest.name}, with {known[nearest]} of {len(state)} keys" if known[nearest] else ""
+    raise UsageError(f"{where} is of an unknown layout; its first keys are {', '.join(sorted(state)[:3])}{hint}")
+
+
+def load_tensors(path: str | Path) -> dict:
+    """What a `.safetensors` or torch file holds, on the CPU, without running any code from it.
+
+    Raises UsageError when the file is missing, damaged, or a pickle that holds more than tensors and plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # The authors' scripts save their command line beside the weights: a Namespace, plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(
+            f"{path} is no torch file, or holds more than tensors and plain data, which is refused: it could run code"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{path} is not a whole safetensors or weights-only torch file: {reason}") from None
+
+
+def check_archive(path: str | Path) -> None:
+    """Hold every byte of a torch checkpoint against its zip archive's CRC-32; UsageError if one differs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{path} is not a whole checkpoint: {error}") from None
+    if bad is not None:
+        raise UsageError(f"{path} is damaged: the checksum of {bad} does not match")
+
+
+def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `name` and a dot, without it."""
+    return {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
+
+
+def _load(path: Path) -> dict:
+    """The content of a file, or of a folder's newest checkpoint or weights."""
+    if not path.is_dir():
+        if path.is_file() and zipfile.is_zipfile(path):
+            check_archive(path)
+        return load_tensors(path)
+    if (path / "checkpoints").is_dir():
+        from fcmae.train.checkpoint import find_newest
+
+        newest, unreadable = find_newest(path / "checkpoints")
+        if newest is None:
+            raise UsageError(f"{path} is a run without a checkpoint yet")
+        return load_tensors(newest)
+    if (path / "model.safetensors.index.json").is_file():
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        shards = sorted(set(index["weight_map"].values()))
+        return {key: x for shard in shards for key, x in load_tensors(path / Path(shard).name).items()}
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return load_tensors(path / name)
+    raise UsageError(f"{path} is a folder without checkpoints/, model.safetensors or pytorch_model.bin; name a file")
+
+
+def _entry(data: dict, path: Path, ema: bool) -> dict:
+    """The state dict inside what a file holds."""
+    for name in EMA_ENTRIES if ema else (*ENTRIES, *EMA_ENTRIES):
+        if isinstance(data, dict) and isinstance(data.get(name), dict):
+            return data[name]
+    if ema:
+        raise UsageError(f"{path} has no averaged weights ({', '.join(EMA_ENTRIES)})")
+    return data if isinstance(data, dict) else {}
