@@ -4,7 +4,7 @@ import sys
 
 COMMANDS = {
     "fcmae.pretrain": "pretrain a masked autoencoder: CONFIG.yaml [key=value ...]",
-    "fcmae.convert": "the encoder out of a checkpoint, for timm: CHECKPOINT OUT --to timm",
+    "fcmae.convert": "weights from one layout to another: SRC DST --to timm, hf, onnx, official, ...",
 }
 
 if __name__ == "__main__":

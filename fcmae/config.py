@@ -114,6 +114,7 @@ class Config:
 
     out: str | None = _key(None, "run folder; a run that stopped there goes on from its newest whole checkpoint")
     resume: str | None = _key(None, "a checkpoint to start from while `out` has none of its own")
+    init: str | None = _key(None, "weights to start from: any file or folder that fcmae.convert reads")
     seed: int = _key(0, "of the initial weights, crops, flips, masks and order")
     device: str = _key("auto", "auto, cpu, cuda, cuda:N or mps")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -136,7 +137,7 @@ FREE_KEYS = (
 
 # What a run branched off another one's checkpoint (resume=FILE out=NEW) may change besides.
 BRANCH_KEYS = (
-    *FREE_KEYS, "data.source", "train.epochs", "train.steps", "train.base_lr", "train.lr", "train.min_lr",
+    *FREE_KEYS, "init", "data.source", "train.epochs", "train.steps", "train.base_lr", "train.lr", "train.min_lr",
     "train.warmup_epochs", "train.clip_grad", "log.every",
 )  # fmt: skip
 

@@ -24,6 +24,7 @@ from fcmae.masking import draw_mask, grid_size
 from fcmae.models import create_model
 from fcmae.train import checkpoint, checks, distributed, loop, optim
 from fcmae.train.head import describe_run, next_commands
+from fcmae.train.init import start_from
 from fcmae.train.log import Log
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import make_schedule
@@ -71,6 +72,9 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     if found is not None:
         state.restore(checkpoint.read(found), str(found), config, len(dataset))
     start = state.progress.step
+    beginning = f"going on from step {start} of {schedule.steps}" if start else ""
+    if found is None and config.init is not None:
+        beginning = start_from(model, config.init)
     if start > schedule.steps:
         raise UsageError(
             f"{found} is at step {start}, beyond this run's {schedule.steps}; raise train.epochs or train.steps"
@@ -87,8 +91,8 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     log = Log(folder, config.log, start, schedule.steps, schedule.effective_batch, world.is_main)
     for line in warnings:
         log.say(f"warning: {line}")
-    if start:
-        log.say(f"going on from step {start} of {schedule.steps}")
+    if beginning:
+        log.say(beginning)
 
     stream = SampleStream(
         len(dataset),
