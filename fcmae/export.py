@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ def to_hf(state: dict[str, Tensor], spec: Spec, folder: Path, image_size: int) -
     for i, width in enumerate(spec.dims, 1):
         prefix = f"{'convnextv2.' if spec.classes else ''}hidden_states_norms.stage{i}"
         whole |= {f"{prefix}.weight": torch.ones(width), f"{prefix}.bias": torch.zeros(width)}
-    model.save_pretrained(folder, state_dict=whole)
+    with _quiet():
+        model.save_pretrained(folder, state_dict=whole)
 
 
 def to_onnx(state: dict[str, Tensor], spec: Spec, path: Path, image_size: int) -> None:
@@ -84,13 +86,30 @@ def run_hf(folder: Path, spec: Spec, images: Tensor) -> Outputs:
 
     made: Outputs = {}
     for cls in (ConvNextV2Model, *([ConvNextV2ForImageClassification] if spec.classes else [])):
-        model, info = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        with _quiet():
+            model, info = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
         if info["missing_keys"]:
             raise UsageError(f"{folder}: transformers misses {', '.join(info['missing_keys'])}")
         with torch.no_grad():
             found = model.eval()(images)
         made |= {"logits": found.logits} if cls is not ConvNextV2Model else {"features": found.last_hidden_state}
     return made
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bars, and without its report of keys, which is checked here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _need(package: str) -> None:

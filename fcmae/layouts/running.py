@@ -48,7 +48,8 @@ def hf_model(spec: Spec, state: dict[str, Tensor]) -> nn.Module:
         raise UsageError("transformers is not installed: pip install transformers, or fcmae[hf]") from None
     # transformers' own final norm has another eps than the authors' and timm's, unless told.
     sizes = {"num_channels": spec.in_chans, "depths": list(spec.depths), "hidden_sizes": list(spec.dims)}
-    config = ConvNextV2Config(**sizes, layer_norm_eps=1e-6, num_labels=spec.classes or 0)
+    labels = {"num_labels": spec.classes} if spec.classes else {}
+    config = ConvNextV2Config(**sizes, layer_norm_eps=1e-6, **labels)
     with torch.device("meta"):
         model = (ConvNextV2ForImageClassification if spec.classes else ConvNextV2Model)(config)
     inner = "" if spec.classes is None else "convnextv2."
