@@ -29,10 +29,11 @@ from fcmae.weights import Weights, read_checkpoint, read_weights
 __all__ = ["convert", "main", "read_checkpoint"]
 
 TARGETS = (*LAYOUTS, *GRAPHS)
-SUFFIXES = {"onnx": (".onnx",), "exported": (".pt2",), "hf": ("",)}
+SUFFIXES = {"onnx": (".onnx",), "exported": (".pt2",)}
 TENSOR_FILES = (".safetensors", ".pt", ".pth")
 TOLERANCE = 1e-5  # of the largest magnitude, between source and result
 TRIED = (64, 96)  # pixels of the random images
+UNVERIFIED = "verified  no: --no-verify"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,12 +90,9 @@ def convert(
     weights = read_weights(src, ema)
     state, spec, channels = weights.ours, weights.spec, None
     grid_size((image_size, image_size), 32)
-    whole_run = weights.training is not None and to in ("fcmae", "minkowski") and dst.suffix in (".pt", ".pth")
-    if whole_run and in_chans is None and not ema:
-        describe(weights, LAYOUTS[to], weights.ours, spec, dst, say)
-        _write_tensors(dst, training.translate(weights.training, _layout(to)))
-        say(f"written   {dst}, with the state of the optimizer: a run goes on from it with resume={dst}")
-        return
+    of_a_run = weights.training is not None and to in ("fcmae", "minkowski") and dst.suffix in (".pt", ".pth")
+    if of_a_run and in_chans is None and not ema:
+        return _whole_run(weights, to, dst, verify, say)
     if in_chans is not None and in_chans != spec.in_chans:
         if with_decoder or in_chans < 1:
             raise UsageError(f"--in-chans {in_chans}: 1 or more, and without --with-decoder, which predicts pixels")
@@ -119,13 +117,12 @@ def convert(
     say(f"written   {dst}")
 
 
-UNVERIFIED = "verified  no: --no-verify"
-
-
 def check_target(dst: Path, to: str, force: bool) -> None:
     """Raises UsageError when DST exists, cannot be there, or is named as what it will not be."""
-    wanted = SUFFIXES.get(to, TENSOR_FILES)
-    if dst.suffix not in wanted and to != "hf":
+    wanted, files = SUFFIXES.get(to, TENSOR_FILES), (*TENSOR_FILES, *sum(SUFFIXES.values(), ()))
+    if to == "hf" and dst.suffix in files:
+        raise UsageError(f"{dst}: --to hf writes a folder, named as one")
+    if to != "hf" and dst.suffix not in wanted:
         raise UsageError(f"{dst}: --to {to} writes a file named *{' or *'.join(wanted)}")
     if not dst.parent.is_dir():
         raise UsageError(f"{dst.parent} is no folder to write {dst.name} into; make it first")
@@ -135,9 +132,14 @@ def check_target(dst: Path, to: str, force: bool) -> None:
         raise UsageError(f"{dst} is a {'folder' if dst.is_dir() else 'file'}, which --force does not replace")
 
 
-def _layout(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """The translation of any run's state dict into `fcmae` or `minkowski`, which are the two that runs have."""
-    return LAYOUTS["minkowski"].from_fcmae if name == "minkowski" else LAYOUTS["minkowski"].to_fcmae
+def _whole_run(weights: Weights, to: str, dst: Path, verify: bool, say: Callable[[str], None]) -> None:
+    """A checkpoint that a run goes on from, optimizer and all, in the layout of another backend."""
+    describe(weights, LAYOUTS[to], weights.ours, weights.spec, dst, say)
+    payload = training.translate(weights.training, LAYOUTS[to].from_fcmae if to != "fcmae" else weights.layout.to_fcmae)
+    run = partial(outputs, to, payload["model"], weights.spec)
+    say(_check(weights, weights.spec, None, run, TRIED) if verify else UNVERIFIED)
+    _write_tensors(dst, payload)
+    say(f"written   {dst}, with the state of the optimizer: a run goes on from it with resume={dst}")
 
 
 def _parts(

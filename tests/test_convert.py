@@ -328,6 +328,7 @@ def test_refused_in_one_line(authors, tmp_path, capsys, monkeypatch):
         ("checkpoint-799.pth folder/x.bin", "*.safetensors or *.pt"),
         ("checkpoint-799.pth nowhere/x.pth", "nowhere is no folder"),
         ("checkpoint-799.pth x.pth --to onnx", "*.onnx"),
+        ("checkpoint-799.pth x.pth --to hf", "writes a folder"),
         ("checkpoint-799.pth x.pth --with-decoder", "timm has no place for a decoder"),
         ("exists.safetensors x.pth --to official --with-decoder", "source has no decoder"),
         ("checkpoint-799.pth x.pth --in-chans 0", "1 or more"),
