@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
-from fcmae.layouts import minkowski, official, timm, training
+from fcmae.layouts import mae, minkowski, official, timm, training
 
 
 def load_tensors(path: str | Path) -> dict:
@@ -55,8 +55,9 @@ def check_archive(path: str | Path) -> None:
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The weights of `path` under this toolkit's names, ready for `model.load_state_dict(..., strict=True)`.
 
-    Known layouts: this toolkit's checkpoints and the authors' FCMAE pretraining files (MinkowskiEngine layout), bare or
-    under a `model` entry. Raises UsageError for a file that is damaged or of an unknown layout, naming its first keys.
+    Known layouts: this toolkit's checkpoints and the authors' pretraining files of FCMAE (MinkowskiEngine layout) and
+    MAE, bare or under a `model` entry. Raises UsageError for a file that is damaged or of an unknown layout, naming its
+    first keys.
     """
     data = load_tensors(path)
     state = data["model"] if isinstance(data, dict) and isinstance(data.get("model"), dict) else data
@@ -64,6 +65,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise UsageError(f"{path} holds no state dict of tensors")
     if official.recognises(state):
         return official.to_fcmae(state)
+    if mae.recognises(state):
+        return state
     state = minkowski.to_fcmae(state)
     if "encoder.stem.0.weight" in state and "mask_token" in state:
         return state
@@ -92,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dst.exists() and not arguments.force:
             raise UsageError(f"{arguments.dst} exists; choose another name or give --force")
         if arguments.to == "timm":
-            tensors = timm.from_encoder(encoder_of(read_checkpoint(arguments.src)))
+            tensors = timm.from_model(read_checkpoint(arguments.src))
             write_whole(arguments.dst, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
         else:
             payload = in_layout(arguments.src, arguments.to)
@@ -113,11 +116,6 @@ def in_layout(path: Path, name: str) -> dict:
     if isinstance(data, dict) and "optimizer" in data and "format" in data:
         return training.translate(data, layout)
     return {"model": layout(read_checkpoint(path))}
-
-
-def encoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a state dict, as `FCMAE.encoder` names it."""
-    return {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
 
 
 if __name__ == "__main__":

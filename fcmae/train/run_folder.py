@@ -14,7 +14,6 @@ from safetensors.torch import save
 from torch import nn
 
 from fcmae import config as settings
-from fcmae.convert import encoder_of
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
 from fcmae.layouts import minkowski
@@ -115,6 +114,6 @@ class RunFolder:
     def export_encoder(self, model: nn.Module) -> None:
         """Write `encoder.safetensors`, which timm loads as its model of the same size."""
         # One entry only: safetensors writes several in random order, and equal runs should leave equal files.
-        encoder = encoder_of(minkowski.to_fcmae(model.state_dict()))
-        data = save(timm_layout.from_encoder(encoder), metadata={"format": "pt"})
+        encoder = timm_layout.from_model(minkowski.to_fcmae(model.state_dict()))
+        data = save(encoder, metadata={"format": "pt"})
         write_whole(self.encoder, lambda file: file.write(data))
