@@ -37,7 +37,7 @@ def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, w
         "backend": model.describe_encoder(world.device),
         "model": f"{config.model.name}, {whole:.1f} M parameters of which the encoder {encoder:.1f} M",
         "data": f"{config.data.source}: {images} as {config.model.in_chans} x {h} x {w}",
-        "mask": f"{config.mask.strategy} {config.mask.ratio:g}: {keep} of {gh} x {gw} = {gh * gw} regions of "
+        "mask": f"{config.mask.strategy} {model.mask_ratio:g}: {keep} of {gh} x {gw} = {gh * gw} regions of "
         f"{model.mask_unit} px stay visible",
         "batch": f"{schedule.effective_batch} = {schedule.batch_size} x {schedule.accum_steps} accumulated"
         f" x {world.size} processes",
