@@ -31,24 +31,32 @@ def _key(default: Any, text: str, type: str | None = None) -> Any:
 
 @dataclass
 class ModelConfig:
-    name: str = _key("fcmae_convnextv2_atto", "model, e.g. fcmae_convnextv2_base")
-    image_size: Any = _key(224, "pixels: one number or [height, width], multiples of 32", "int | [int, int]")
+    name: str = _key("fcmae_convnextv2_atto", "model, e.g. fcmae_convnextv2_base or mae_vit_base_patch16")
+    image_size: Any = _key(224, "pixels: one number or [height, width], multiples of the mask unit", "int | [int, int]")
     in_chans: int = _key(3, "image channels")
-    depths: list[int] | None = _key(None, "blocks per stage; null: the named size's")
-    dims: list[int] | None = _key(None, "widths per stage; null: the named size's")
-    decoder_dim: int = _key(512, "width of the decoder")
-    decoder_depth: int = _key(1, "blocks of the decoder")
+    depths: list[int] | None = _key(None, "ConvNeXt: blocks per stage; null: the named size's")
+    dims: list[int] | None = _key(None, "ConvNeXt: widths per stage; null: the named size's")
+    patch_size: int | None = _key(None, "ViT: side of a patch in pixels; null: the named size's")
+    dim: int | None = _key(None, "ViT: width; null: the named size's")
+    depth: int | None = _key(None, "ViT: blocks; null: the named size's")
+    heads: int | None = _key(None, "ViT: attention heads; null: the named size's")
+    decoder_dim: int | None = _key(None, "width of the decoder; null: 512")
+    decoder_depth: int | None = _key(None, "blocks of the decoder; null: 1 of FCMAE, 8 of MAE")
+    decoder_heads: int | None = _key(None, "ViT: attention heads of the decoder; null: 16")
 
 
 @dataclass
 class SparseConfig:
-    backend: str = _key("auto", "how the encoder runs on visible regions: auto, native, reference, dense or minkowski")
+    backend: str = _key("auto", "how a ConvNet runs on visible regions: auto, native, reference, dense or minkowski")
     grn: str = _key("per_image", "GRN pools over each image (per_image) or the local batch (batch)")
 
 
 @dataclass
 class MaskConfig:
-    ratio: float = _key(0.6, "share of regions hidden; K = int(L * (1 - ratio)) stay")
+    ratio: float | None = _key(
+        None, "share of regions hidden, int(L * (1 - ratio)) of L stay; null: 0.6 of FCMAE, 0.75 of MAE"
+    )
+    unit: int | None = _key(None, "side of a region in pixels, a multiple of MAE's patch; null: the patch, 32 of FCMAE")
     strategy: str = _key("random", "random, block or grid")
 
 

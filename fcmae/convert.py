@@ -19,7 +19,7 @@ from torch import Tensor
 from fcmae.errors import UsageError
 from fcmae.export import BATCHES, GRAPHS, run_hf, to_hf
 from fcmae.files import aside, write_whole
-from fcmae.layouts import LAYOUTS, stem, timm, training
+from fcmae.layouts import FAMILIES, LAYOUTS, Layout, stem, timm, training
 from fcmae.layouts.running import Outputs, outputs
 from fcmae.layouts.spec import Spec, read_spec
 from fcmae.masking import grid_size
@@ -32,7 +32,6 @@ TARGETS = (*LAYOUTS, *GRAPHS)
 SUFFIXES = {"onnx": (".onnx",), "exported": (".pt2",)}
 TENSOR_FILES = (".safetensors", ".pt", ".pth")
 TOLERANCE = 1e-5  # of the largest magnitude, between source and result
-TRIED = (64, 96)  # pixels of the random images
 UNVERIFIED = "verified  no: --no-verify"
 
 
@@ -96,23 +95,24 @@ def convert(
     if in_chans is not None and in_chans != spec.in_chans:
         if with_decoder or in_chans < 1:
             raise UsageError(f"--in-chans {in_chans}: 1 or more, and without --with-decoder, which predicts pixels")
-        state, channels = _with_stem(state, spec.in_chans, in_chans, stem)
-    layout = LAYOUTS["timm" if to in GRAPHS else to]
-    state = _parts(state, spec, layout.holds, with_decoder, to)
-    if layout.name in ("timm", "hf"):
+        state, channels = _with_stem(state, spec, in_chans, stem)
+    layout = _target(spec, to)
+    state = _parts(state, spec, layout, with_decoder)
+    if layout.ends_in_norm:
         state = timm.with_norm(state)
     spec = read_spec(state, "the result")
     describe(weights, layout, state, spec, dst, say)
     made = {key: x.contiguous() for key, x in layout.from_fcmae(state).items()}
     check = partial(_check, weights, spec, channels) if verify else None
     if to in GRAPHS:
-        _graph(to, made, spec, dst, image_size, check, say)
+        size = (image_size, image_size) if spec.family == "convnext" else spec.image_size
+        _graph(to, made, spec, dst, size, check, say)
     elif to == "hf":
         with aside(dst) as folder:
             to_hf(made, spec, folder, image_size)
-            say(check(partial(run_hf, folder, spec), TRIED) if check else UNVERIFIED)
+            say(check(partial(run_hf, folder, spec), spec.image_size) if check else UNVERIFIED)
     else:
-        say(check(partial(outputs, to, made, spec), TRIED) if check else UNVERIFIED)
+        say(check(partial(outputs, to, made, spec), spec.image_size) if check else UNVERIFIED)
         _write_tensors(dst, made if dst.suffix == ".safetensors" else {"model": made})
     say(f"written   {dst}")
 
@@ -134,31 +134,39 @@ def check_target(dst: Path, to: str, force: bool) -> None:
 
 def _whole_run(weights: Weights, to: str, dst: Path, verify: bool, say: Callable[[str], None]) -> None:
     """A checkpoint that a run goes on from, optimizer and all, in the layout of another backend."""
-    describe(weights, LAYOUTS[to], weights.ours, weights.spec, dst, say)
-    payload = training.translate(weights.training, LAYOUTS[to].from_fcmae if to != "fcmae" else weights.layout.to_fcmae)
-    run = partial(outputs, to, payload["model"], weights.spec)
-    say(_check(weights, weights.spec, None, run, TRIED) if verify else UNVERIFIED)
+    layout, spec = _target(weights.spec, to), weights.spec
+    describe(weights, layout, weights.ours, spec, dst, say)
+    payload = training.translate(weights.training, layout.from_fcmae if to != "fcmae" else weights.layout.to_fcmae)
+    run = partial(outputs, to, payload["model"], spec)
+    say(_check(weights, spec, None, run, spec.image_size) if verify else UNVERIFIED)
     _write_tensors(dst, payload)
     say(f"written   {dst}, with the state of the optimizer: a run goes on from it with resume={dst}")
 
 
-def _parts(
-    state: dict[str, Tensor], spec: Spec, holds: frozenset[str], with_decoder: bool, to: str
-) -> dict[str, Tensor]:
+def _target(spec: Spec, to: str) -> Layout:
+    """The layout of a target that holds such a model; ONNX and torch.export begin with timm's."""
+    layouts = FAMILIES[spec.family]
+    if to in GRAPHS:
+        return layouts["timm"]
+    if to not in layouts:
+        raise UsageError(f"--to {to} cannot hold a {spec.name or spec.title}; {', '.join(layouts)} can")
+    return layouts[to]
+
+
+def _parts(state: dict[str, Tensor], spec: Spec, layout: Layout, with_decoder: bool) -> dict[str, Tensor]:
     """What of the model goes into the target."""
-    if with_decoder and "decoder" not in holds:
-        raise UsageError(f"--with-decoder: {to} has no place for a decoder; fcmae, minkowski and official have")
+    if with_decoder and "decoder" not in layout.holds:
+        raise UsageError(f"--with-decoder: {layout.name} has no place for a decoder; fcmae and official, say, have")
     if with_decoder and spec.decoder is None:
         raise UsageError("--with-decoder: the source has no decoder")
-    kept = ("encoder.", *(("norm.", "head.") if "head" in holds else ()))
-    decoder = ("proj.", "mask_token", "decoder.", "pred.") if with_decoder else ()
-    return {key: x for key, x in state.items() if key.startswith((*kept, *decoder))}
+    kept = {"encoder", *(layout.holds if with_decoder else layout.holds - {"decoder"})}
+    return {key: x for key, x in state.items() if spec.part(key) in kept}
 
 
-def _with_stem(state: dict[str, Tensor], source: int, target: int, mode: str) -> tuple[dict[str, Tensor], Tensor]:
-    channels = stem.channel_map(mode, source, target)
-    state = {key: x for key, x in state.items() if not key.startswith(("proj.", "mask_token", "decoder.", "pred."))}
-    return state | {"encoder.stem.0.weight": stem.adapt(state["encoder.stem.0.weight"], channels)}, channels
+def _with_stem(state: dict[str, Tensor], spec: Spec, target: int, mode: str) -> tuple[dict[str, Tensor], Tensor]:
+    channels = stem.channel_map(mode, spec.in_chans, target)
+    state = {key: x for key, x in state.items() if spec.part(key) != "decoder"}
+    return state | {spec.stem: stem.adapt(state[spec.stem], channels)}, channels
 
 
 def _check(
@@ -188,19 +196,25 @@ def _check(
 
 
 def _graph(
-    to: str, made: dict[str, Tensor], spec: Spec, dst: Path, image_size: int, check: Callable | None, say: Callable
+    to: str,
+    made: dict[str, Tensor],
+    spec: Spec,
+    dst: Path,
+    size: tuple[int, int],
+    check: Callable | None,
+    say: Callable,
 ) -> None:
     """Write an ONNX or torch.export file, tried with several batch sizes."""
     write, run, tolerance = GRAPHS[to]
     name = "logits" if spec.classes else "features"
     with aside(dst) as path:
-        write(made, spec, path, image_size)
+        write(made, spec, path, size)
 
         def outputs_of(images: Tensor) -> Outputs:
             return {name: run(path, images)}
 
         for batch in BATCHES if check else ():
-            say(check(outputs_of, (image_size, image_size), batch=batch, tolerance=tolerance))
+            say(check(outputs_of, size, batch=batch, tolerance=tolerance))
         if check is None:
             say(UNVERIFIED)
 

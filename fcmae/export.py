@@ -18,7 +18,7 @@ BATCHES = (1, 3)  # with which a graph of dynamic batch is tried
 
 
 class Dense(nn.Module):
-    """timm's model of the encoder: logits (B, classes) where it has a classifier, else features (B, C, H/32, W/32)."""
+    """timm's model of the encoder: logits (B, classes) where it has a classifier, else its features."""
 
     def __init__(self, state: dict[str, Tensor], spec: Spec):
         super().__init__()
@@ -45,11 +45,11 @@ def to_hf(state: dict[str, Tensor], spec: Spec, folder: Path, image_size: int) -
         model.save_pretrained(folder, state_dict=whole)
 
 
-def to_onnx(state: dict[str, Tensor], spec: Spec, path: Path, image_size: int) -> None:
-    """Write an ONNX graph: input `images` (batch, C, S, S), output `logits` or `features`. state: in timm's layout."""
+def to_onnx(state: dict[str, Tensor], spec: Spec, path: Path, size: tuple[int, int]) -> None:
+    """Write an ONNX graph: input `images` (batch, C, H, W), output `logits` or `features`. state: in timm's layout."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _need(package)
-    model, images = Dense(state, spec).eval(), torch.randn(2, spec.in_chans, image_size, image_size)
+    model, images = Dense(state, spec).eval(), torch.randn(2, spec.in_chans, *size)
     name = "logits" if spec.classes else "features"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter about itself
@@ -60,9 +60,9 @@ def to_onnx(state: dict[str, Tensor], spec: Spec, path: Path, image_size: int) -
     program.save(str(path), external_data=False)
 
 
-def to_exported(state: dict[str, Tensor], spec: Spec, path: Path, image_size: int) -> None:
-    """Write a `torch.export` program of images (batch, C, S, S). state: in timm's layout."""
-    model, images = Dense(state, spec).eval(), torch.randn(2, spec.in_chans, image_size, image_size)
+def to_exported(state: dict[str, Tensor], spec: Spec, path: Path, size: tuple[int, int]) -> None:
+    """Write a `torch.export` program of images (batch, C, H, W). state: in timm's layout."""
+    model, images = Dense(state, spec).eval(), torch.randn(2, spec.in_chans, *size)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, str(path))
 

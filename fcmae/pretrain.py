@@ -22,7 +22,8 @@ from fcmae.data.transforms import make_transform, stats
 from fcmae.errors import UsageError
 from fcmae.masking import draw_mask, grid_size
 from fcmae.models import create_model
-from fcmae.train import checkpoint, checks, distributed, loop, optim
+from fcmae.models.autoencoder import MaskedAutoencoder
+from fcmae.train import checkpoint, checks, distributed, family, loop, optim
 from fcmae.train.head import describe_run, next_commands
 from fcmae.train.init import start_from
 from fcmae.train.log import Log
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def pretrain(config: Config) -> int:
     """Pretrain as configured; see `main` for the result. Raises UsageError for bad input."""
     checks.check(config)
+    family.fill(config)
     world = distributed.start(config.device)
     try:
         return _pretrain(config, world)
@@ -54,7 +56,7 @@ def _pretrain(config: Config, world: distributed.World) -> int:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     model = build_model(config)
-    dataset = world.main_first(lambda: build_dataset(config, model.mask_unit))
+    dataset = world.main_first(lambda: build_dataset(config, model))
     schedule = make_schedule(config.train, len(dataset), world.size)
     config.train.accum_steps, config.train.effective_batch = schedule.accum_steps, schedule.effective_batch
 
@@ -107,7 +109,7 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     pin = config.data.pin_memory and world.device.type == "cuda"
     loader = make_loader(dataset, stream, worker_count(config.data.workers), config.data.prefetch, pin_memory=pin)
     if world.size > 1:
-        forward = DistributedDataParallel(forward)
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)  # positions: fixed
 
     def write_checkpoint() -> None:
         log.metrics.sync()
@@ -130,37 +132,20 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     if world.is_main:
         pictures.loss_curve(folder.metrics, folder.path / "loss.png", f"{config.model.name}: {config.data.source}")
         folder.export_encoder(model)  # last: its presence tells that the run is complete
-        print(next_commands(config, folder))
+        print(next_commands(config, model, folder))
     return 0
 
 
-def build_model(config: Config) -> torch.nn.Module:
+def build_model(config: Config) -> MaskedAutoencoder:
     """The model a configuration names. Raises UsageError for an unknown name or values that do not fit."""
-    m, named = config.model, {}
-    for key in ("depths", "dims"):
-        if getattr(m, key) is not None:
-            named[key] = tuple(getattr(m, key))
-    return create_model(
-        m.name,
-        image_size=image_size(config),
-        in_chans=m.in_chans,
-        decoder_dim=m.decoder_dim,
-        decoder_depth=m.decoder_depth,
-        mask_ratio=config.mask.ratio,
-        norm_pix=config.loss.norm_pix,
-        norm_window=config.loss.norm_window,
-        grn=config.sparse.grn,
-        backend=config.sparse.backend,
-        **named,
-    )
+    return create_model(config.model.name, image_size=image_size(config), **family.arguments(config))
 
 
-def build_dataset(config: Config, mask_unit: int) -> MaskedImages:
-    """The images with their crops and masks. Raises UsageError when there are none to be found."""
-    size, d = image_size(config), config.data
-    grid = grid_size(size, mask_unit)
+def build_dataset(config: Config, model: MaskedAutoencoder) -> MaskedImages:
+    """The images with their crops, and masks for this model. Raises UsageError when there are none to be found."""
+    d, grid = config.data, grid_size(model.image_size, model.mask_unit)
     transform = make_transform(
-        image_size=size,
+        image_size=model.image_size,
         in_chans=config.model.in_chans,
         crop_scale=tuple(d.crop_scale),
         flip=d.flip,
@@ -171,7 +156,7 @@ def build_dataset(config: Config, mask_unit: int) -> MaskedImages:
         open_source(d.source, config.model.in_chans),
         transform,
         config.seed,
-        draw=partial(draw_mask, grid=grid, mask_ratio=config.mask.ratio, strategy=config.mask.strategy),
+        draw=partial(draw_mask, grid=grid, mask_ratio=model.mask_ratio, strategy=config.mask.strategy),
     )
     dataset[(0, 0)]  # a source of which nothing can be read is refused now, not in the middle of a run
     return dataset

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fcmae.errors import UsageError
-from fcmae.layouts import LAYOUTS, Layout
+from fcmae.layouts import FAMILIES, Layout
 from fcmae.layouts.spec import Spec, read_spec
 
 # Under which names training scripts keep the weights among other things; the averaged ones with `ema`.
@@ -74,12 +74,13 @@ def read_weights(path: str | Path, ema: bool = False) -> Weights:
 
 def recognise(state: dict[str, Tensor], where: str | Path) -> Layout:
     """The layout whose keys these are. Raises UsageError with the first keys and the nearest layout."""
-    for layout in LAYOUTS.values():
+    layouts = [layout for family in FAMILIES.values() for layout in family.values()]
+    for layout in layouts:
         if layout.recognises(state):
             return layout
-    known = {layout: sum(layout.names.ours(key) is not None for key in state) for layout in LAYOUTS.values()}
-    nearest = max(known, key=known.get)
-    hint = f"; the nearest is {nearest.name}, with {known[nearest]} of {len(state)} keys" if known[nearest] else ""
+    known = [sum(layout.names.ours(key) is not None for key in state) for layout in layouts]
+    nearest = layouts[known.index(max(known))]
+    hint = f"; the nearest is {nearest.name}, with {max(known)} of {len(state)} keys" if max(known) else ""
     raise UsageError(f"{where} is of an unknown layout; its first keys are {', '.join(sorted(state)[:3])}{hint}")
 
 

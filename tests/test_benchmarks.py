@@ -50,3 +50,14 @@ def test_mask_ratio(tmp_path):
     found, shown = run("mask_ratio.py", tmp_path, "--ratios", "0.25", "0.5", "0.75")
     assert found["shares"] == {"0.25": 0.75, "0.5": 0.5, "0.75": 0.25} and "relative" in shown
     assert found["ratios"].keys() == {f"{r}{kind}" for r in found["shares"] for kind in ("", " matmuls")}
+
+
+def test_mae_step(tmp_path):
+    found, shown = run("mae_step.py", tmp_path, "--model", "mae_vit_tiny_patch16")
+    time = {name: arm["median_s"] for name, arm in found["arms"].items()}
+    assert time.keys() == {"ours", "published"} and all(name in shown for name in time)
+    assert found["ratios"]["published_over_ours"] == pytest.approx(time["published"] / time["ours"])
+    assert all(arm["median_s"] > 0 and arm["peak_mb"] > 0 for arm in found["arms"].values())
+    # Two formulations of one loss, on the same weights and the same hidden patches.
+    assert found["losses"]["ours"] == pytest.approx(found["losses"]["published"], rel=1e-5)
+    assert found["settings"]["model"] == "mae_vit_tiny_patch16"

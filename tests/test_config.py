@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fcmae import config as settings
-from fcmae.models import CONVNEXTV2_SIZES, MODELS
+from fcmae.models import MODELS
 from fcmae.train.checks import check
 from fcmae.train.schedule import make_schedule
 
@@ -41,17 +41,18 @@ def test_free_keys_exist():
     assert set(settings.FREE_KEYS) <= set(settings.describe(settings.Config))
 
 
-@pytest.mark.parametrize("size", CONVNEXTV2_SIZES)
-def test_published_recipes(size):
-    recipe = settings.load(settings.Config, CONFIGS / f"fcmae_convnextv2_{size}.yaml", ["data.source=x"])
+@pytest.mark.parametrize("name", MODELS)
+def test_published_recipes(name):
+    recipe = settings.load(settings.Config, CONFIGS / f"{name}.yaml", ["data.source=x"])
     check(recipe)
-    assert recipe.model.name == f"fcmae_convnextv2_{size}" and recipe.model.name in MODELS
+    assert recipe.model.name == name and recipe.out == f"runs/{name}"
     schedule = make_schedule(recipe.train, 1_281_167, world_size=8)
     assert schedule.effective_batch == 4096
     assert schedule.peak_lr == pytest.approx(1.5e-4 * 4096 / 256)
     assert (schedule.epochs, schedule.warmup_epochs, schedule.steps) == (800, 40, 250_228)
-    assert (recipe.train.weight_decay, recipe.train.betas, recipe.mask.ratio) == (0.05, [0.9, 0.95], 0.6)
+    ratio = 0.6 if name.startswith("fcmae") else 0.75
+    assert (recipe.train.weight_decay, recipe.train.betas, recipe.mask.ratio) == (0.05, [0.9, 0.95], ratio)
     assert recipe.loss.norm_pix and recipe.data.crop_scale == [0.2, 1.0] and recipe.data.flip == 0.5
-    head = (CONFIGS / f"fcmae_convnextv2_{size}.yaml").read_text()
+    head = (CONFIGS / f"{name}.yaml").read_text()
     for word in ("Command:", "Cost:", "Expected:", "train.epochs=1600"):
         assert word in head

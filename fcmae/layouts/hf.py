@@ -39,4 +39,5 @@ LAYOUT = Layout(
     ours=_ours,
     theirs=_theirs,
     holds=frozenset({"head"}),
+    ends_in_norm=True,
 )

@@ -23,7 +23,8 @@ class Layout:
 
     name: as `--to` takes it. text: whose it is. names: our keys and theirs; ours(their key, tensor) and
     theirs(their key, tensor) give the other side's shape, permuting elements at most. marks: keys that, together, only
-    this layout has. holds: which parts it has a place for besides the encoder: "decoder", "head".
+    this layout has. holds: which parts it has a place for besides the encoder: "decoder", "head". family: "convnext" or
+    "vit". ends_in_norm: its models have a norm after the encoder, classifier or not.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Layout:
     ours: Callable[[str, Tensor], Tensor] = unchanged
     theirs: Callable[[str, Tensor], Tensor] = unchanged
     holds: frozenset[str] = frozenset()
+    family: str = "convnext"
+    ends_in_norm: bool = False
 
     def recognises(self, state: State) -> bool:
         """Whether the keys are this layout's."""

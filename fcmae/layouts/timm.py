@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fcmae.layouts import mae
 from fcmae.layouts.layout import Layout
 from fcmae.layouts.minkowski import LAYOUT as MINKOWSKI
 from fcmae.layouts.names import Names
@@ -54,7 +55,9 @@ def with_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's tensors of the encoder in a model's state dict, of whatever backend; on the CPU, contiguous."""
+    """timm's tensors of the encoder in a model's state dict, of either family; on the CPU, contiguous."""
+    if mae.FCMAE.recognises(state):
+        return {key: x.detach().cpu().contiguous() for key, x in mae.encoder_of(state).items()}
     state = MINKOWSKI.to_fcmae(state)
     encoder = {key: x.detach().cpu() for key, x in state.items() if key.startswith("encoder.")}
     return {key: x.contiguous() for key, x in LAYOUT.from_fcmae(with_norm(encoder)).items()}
@@ -67,4 +70,5 @@ LAYOUT = TimmLayout(
     marks=("stem.0.weight", "stages.0.blocks.0.mlp.grn.weight"),
     ours=_ours,
     holds=frozenset({"head"}),
+    ends_in_norm=True,
 )

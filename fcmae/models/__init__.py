@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+import inspect
+from typing import Any, NamedTuple
 
 from fcmae.errors import UsageError, nearest
+from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.models.fcmae import FCMAE
+from fcmae.models.mae import MAE
 
 # The eight published sizes (arXiv 2301.00808 §5 and the authors' repository): blocks and widths of the four stages.
 CONVNEXTV2_SIZES = {
@@ -19,15 +22,53 @@ CONVNEXTV2_SIZES = {
     "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
 }
 
-MODELS = {f"fcmae_convnextv2_{size}": (FCMAE, {"depths": d, "dims": w}) for size, (d, w) in CONVNEXTV2_SIZES.items()}
+# Base, large and huge as published (arXiv 2111.06377), the other two DeiT's: patch, width, blocks, attention heads.
+VIT_SIZES = {
+    "tiny": (16, 192, 12, 3),
+    "small": (16, 384, 12, 6),
+    "base": (16, 768, 12, 12),
+    "large": (16, 1024, 24, 16),
+    "huge": (14, 1280, 32, 16),
+}
 
 
-def create_model(name: str, **settings) -> nn.Module:
+class Named(NamedTuple):
+    """What a name stands for: the class, the settings that make the size, and what timm calls the encoder."""
+
+    family: type[MaskedAutoencoder]
+    size: dict[str, Any]
+    timm: str
+
+
+MODELS = {
+    f"fcmae_convnextv2_{size}": Named(FCMAE, {"depths": depths, "dims": dims}, f"convnextv2_{size}")
+    for size, (depths, dims) in CONVNEXTV2_SIZES.items()
+} | {
+    f"mae_vit_{size}_patch{patch}": Named(
+        MAE, {"patch_size": patch, "dim": dim, "depth": depth, "heads": heads}, f"vit_{size}_patch{patch}_224"
+    )
+    for size, (patch, dim, depth, heads) in VIT_SIZES.items()
+}
+
+
+def find_model(name: str) -> Named:
+    """The entry of a name. Raises UsageError listing near names when there is no such model."""
+    if name not in MODELS:
+        raise UsageError(f"unknown model {name!r}{nearest(name, MODELS)}; known: {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Every setting of a named model and its value when left out, sequences as lists."""
+    named = find_model(name)
+    own = {key: p.default for key, p in inspect.signature(named.family).parameters.items()} | named.size
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
+
+
+def create_model(name: str, **settings) -> MaskedAutoencoder:
     """A model by name, e.g. `fcmae_convnextv2_atto`; `settings` go to its class and override the name's own.
 
     Raises UsageError listing near names when there is no such model.
     """
-    if name not in MODELS:
-        raise UsageError(f"unknown model {name!r}{nearest(name, MODELS)}; known: {', '.join(MODELS)}")
-    cls, defaults = MODELS[name]
-    return cls(**{**defaults, **settings})
+    named = find_model(name)
+    return named.family(**{**named.size, **settings})

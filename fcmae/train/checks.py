@@ -14,6 +14,7 @@ from fcmae.errors import UsageError
 from fcmae.masking import STRATEGIES
 from fcmae.minkowski import engine
 from fcmae.models.support import MINKOWSKI
+from fcmae.train import family
 from fcmae.train.optim import PRECISIONS
 
 
@@ -26,8 +27,11 @@ def check(config: Config) -> None:
         (config.init is None or config.resume is None, "init", "null where resume is set, which brings its weights"),
         (config.seed >= 0, "seed", "0 or more"),
         (config.model.in_chans >= 1, "model.in_chans", "1 or more"),
-        (config.model.decoder_dim >= 1, "model.decoder_dim", "1 or more"),
-        (config.model.decoder_depth >= 0, "model.decoder_depth", "0 or more"),
+        (config.model.decoder_dim is None or config.model.decoder_dim >= 1, "model.decoder_dim", "1 or more, or null"),
+        (
+            config.model.decoder_depth is None or config.model.decoder_depth >= 0,
+            "model.decoder_depth", "0 or more, or null",
+        ),
         (config.mask.strategy in STRATEGIES, "mask.strategy", f"one of {', '.join(STRATEGIES)}"),
         (config.loss.norm_window is None or config.loss.norm_window >= 1, "loss.norm_window", "1 or more, or null"),
         (train.precision in PRECISIONS, "train.precision", f"one of {', '.join(PRECISIONS)}"),
@@ -72,6 +76,7 @@ def check(config: Config) -> None:
         if not holds:
             value = _value(config, key)
             raise UsageError(f"{key}={'null' if value is None else value} will not do: it must be {wanted}")
+    family.check(config)
 
 
 def check_backend(config: Config, device: torch.device) -> None:

@@ -11,34 +11,33 @@ import torch
 
 import fcmae
 from fcmae.config import Config
-from fcmae.kernels.devices import active
 from fcmae.masking import grid_size, keep_count
-from fcmae.minkowski import engine
-from fcmae.models.support import MINKOWSKI
+from fcmae.models import find_model
+from fcmae.models.autoencoder import MaskedAutoencoder
+from fcmae.train import family
 from fcmae.train.distributed import World
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import Schedule
 
 
-def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, world: World) -> str:
+def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, world: World) -> str:
     """The head of a run: versions, device, backend, model, data, mask, batch and learning rate."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
-    encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    encoder = sum(p.numel() for p in model.encoder_parameters()) / 1e6
     whole = sum(p.numel() for p in model.parameters()) / 1e6
     h, w = model.image_size
     gh, gw = grid_size(model.image_size, model.mask_unit)
     keep = keep_count(gh * gw, model.mask_ratio)
-    running = {"native": lambda: f": {active(world.device)}", MINKOWSKI: lambda: f": {engine.describe()}"}
-    detail = running.get(model.backend, str)()
     compiled = ", compiled (the first step takes long)" if config.train.compile else ""
     images = f"{schedule.dataset_size:,} images"
     rows = {
         "fcmae": f"{fcmae.__version__}, torch {torch.__version__}",
         "device": f"{device} x {world.size}, {config.train.precision}{compiled}",
-        "backend": f"{model.backend}{detail}, GRN {config.sparse.grn}",
+        "backend": model.describe_encoder(world.device),
         "model": f"{config.model.name}, {whole:.1f} M parameters of which the encoder {encoder:.1f} M",
         "data": f"{config.data.source}: {images} as {config.model.in_chans} x {h} x {w}",
-        "mask": f"{config.mask.strategy} {config.mask.ratio:g}: {keep} of {gh} x {gw} = {gh * gw} regions stay visible",
+        "mask": f"{config.mask.strategy} {model.mask_ratio:g}: {keep} of {gh} x {gw} = {gh * gw} regions of "
+        f"{model.mask_unit} px stay visible",
         "batch": f"{schedule.effective_batch} = {schedule.batch_size} x {schedule.accum_steps} accumulated"
         f" x {world.size} processes",
         "schedule": f"{schedule.steps} steps = {schedule.epochs:g} epochs, warm-up {schedule.warmup_epochs:g} epochs, "
@@ -48,17 +47,18 @@ def describe_run(config: Config, model: torch.nn.Module, schedule: Schedule, wor
     return "\n".join(f"{key:>9}  {text}" for key, text in rows.items())
 
 
-def next_commands(config: Config, folder: RunFolder) -> str:
+def next_commands(config: Config, model: MaskedAutoencoder, folder: RunFolder) -> str:
     """What a user may type next."""
     on_path = shutil.which("python")
     python = "python" if on_path and os.path.samefile(on_path, sys.executable) else os.path.relpath(sys.executable)
-    name = config.model.name.removeprefix("fcmae_")
     lines = [f"done: {folder.path}", f"look:      {folder.path}/loss.png, {folder.pictures}/"]
     if config.log.tensorboard:
         lines.append(f"           {python} -m tensorboard.main --logdir {folder.path / 'tensorboard'}")
-    if timm.is_model(name) and config.model.depths is None and config.model.dims is None:
-        arguments = f"'{name}', num_classes=0, in_chans={config.model.in_chans}, checkpoint_path='{folder.encoder}'"
+    name = find_model(config.model.name).timm
+    if timm.is_model(name) and family.is_named_size(config):
+        more = "".join(f"{key}={value}, " for key, value in model.timm_arguments().items())
+        arguments = f"'{name}', num_classes=0, {more}checkpoint_path='{folder.encoder}'"
         lines.append(f'use it:    {python} -c "import timm; print(timm.create_model({arguments}).num_features)"')
-    recipe = f"configs/pretrain/fcmae_{name}.yaml data.source=DIR out=runs/{name}"
+    recipe = f"configs/pretrain/{config.model.name}.yaml data.source=DIR out=runs/{config.model.name.split('_', 1)[1]}"
     lines.append(f"your data: {python} -m fcmae.pretrain {recipe}")
     return "\n".join(lines)

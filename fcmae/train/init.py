@@ -18,15 +18,15 @@ def start_from(model: nn.Module, path: str) -> str:
     weights = read_weights(path)
     own = LAYOUTS["minkowski"].to_fcmae(model.state_dict())
     here, there = read_spec(own, "the model"), weights.spec
-    if (here.in_chans, here.depths, here.dims) != (there.in_chans, there.depths, there.dims):
+    if (here.in_chans, here.encoder) != (there.in_chans, there.encoder):
         hint = (
             f"python -m fcmae.convert {path} DST --in-chans {here.in_chans} makes a stem for it"
-            if (here.depths, here.dims) == (there.depths, there.dims)
-            else "set model.name (or model.depths and model.dims) to what the file holds"
+            if here.encoder == there.encoder
+            else "set model.name, or the sizes under model., to what the file holds"
         )
         raise UsageError(f"init={path} holds {there}; the model is {here}: {hint}")
     whole = here.decoder == there.decoder
-    taken = {key: x for key, x in weights.ours.items() if key in own and (whole or key.startswith("encoder."))}
+    taken = {key: x for key, x in weights.ours.items() if key in own and (whole or here.part(key) == "encoder")}
     model.load_state_dict(own | taken, strict=True)
     if whole:
         return f"encoder and decoder from {path}"
