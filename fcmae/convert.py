@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from fcmae.errors import UsageError
 from fcmae.export import BATCHES, GRAPHS, run_hf, to_hf
 from fcmae.files import aside, write_whole
-from fcmae.layouts import FAMILIES, LAYOUTS, Layout, stem, timm, training
+from fcmae.layouts import FAMILIES, LAYOUTS, Layout, timm, training
+from fcmae.layouts import stem as stems
 from fcmae.layouts.running import Outputs, outputs
 from fcmae.layouts.spec import Spec, read_spec
 from fcmae.masking import grid_size
@@ -30,6 +32,7 @@ __all__ = ["convert", "main", "read_checkpoint"]
 
 TARGETS = (*LAYOUTS, *GRAPHS)
 SUFFIXES = {"onnx": (".onnx",), "exported": (".pt2",)}
+HF_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", ".gitattributes", "README.md"}
 TENSOR_FILES = (".safetensors", ".pt", ".pth")
 TOLERANCE = 1e-5  # of the largest magnitude, between source and result
 UNVERIFIED = "verified  no: --no-verify"
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ema", action="store_true", help="take SRC's averaged weights")
     parser.add_argument("--in-chans", type=int, metavar="N", help="a stem for N channels")
     parser.add_argument(
-        "--stem", choices=stem.MODES, default="mean", help="how --in-chans makes it: the mean of all kernels, the "
+        "--stem", choices=stems.MODES, default="mean", help="how --in-chans makes it: the mean of all kernels, the "
         "kernels in turn (both scaled), or the first ones; default mean"
     )  # fmt: skip
     parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="of hf, onnx, exported; default 224")
@@ -89,10 +92,11 @@ def convert(
     weights = read_weights(src, ema)
     state, spec, channels = weights.ours, weights.spec, None
     grid_size((image_size, image_size), 32)
+    in_chans = None if in_chans == spec.in_chans else in_chans
     of_a_run = weights.training is not None and to in ("fcmae", "minkowski") and dst.suffix in (".pt", ".pth")
     if of_a_run and in_chans is None and not ema:
         return _whole_run(weights, to, dst, verify, say)
-    if in_chans is not None and in_chans != spec.in_chans:
+    if in_chans is not None:
         if with_decoder or in_chans < 1:
             raise UsageError(f"--in-chans {in_chans}: 1 or more, and without --with-decoder, which predicts pixels")
         state, channels = _with_stem(state, spec, in_chans, stem)
@@ -109,7 +113,7 @@ def convert(
         _graph(to, made, spec, dst, size, check, say)
     elif to == "hf":
         with aside(dst) as folder:
-            to_hf(made, spec, folder, image_size)
+            _written(to_hf, made, spec, folder, image_size)
             say(check(partial(run_hf, folder, spec), spec.image_size) if check else UNVERIFIED)
     else:
         say(check(partial(outputs, to, made, spec), spec.image_size) if check else UNVERIFIED)
@@ -119,6 +123,8 @@ def convert(
 
 def check_target(dst: Path, to: str, force: bool) -> None:
     """Raises UsageError when DST exists, cannot be there, or is named as what it will not be."""
+    if not dst.name:
+        raise UsageError(f"{dst} is no name for what --to {to} writes")
     wanted, files = SUFFIXES.get(to, TENSOR_FILES), (*TENSOR_FILES, *sum(SUFFIXES.values(), ()))
     if to == "hf" and dst.suffix in files:
         raise UsageError(f"{dst}: --to hf writes a folder, named as one")
@@ -128,8 +134,9 @@ def check_target(dst: Path, to: str, force: bool) -> None:
         raise UsageError(f"{dst.parent} is no folder to write {dst.name} into; make it first")
     if dst.exists() and not force:
         raise UsageError(f"{dst} exists; choose another name or give --force")
-    if dst.exists() and dst.is_dir() != (to == "hf"):
-        raise UsageError(f"{dst} is a {'folder' if dst.is_dir() else 'file'}, which --force does not replace")
+    replaced = dst.exists() and (to == "hf" or dst.is_dir())
+    if replaced and not (dst.is_dir() and {p.name for p in dst.iterdir()} <= HF_FILES):
+        raise UsageError(f"{dst} is no folder of weights alone, such as --to hf writes; --force does not replace it")
 
 
 def _whole_run(weights: Weights, to: str, dst: Path, verify: bool, say: Callable[[str], None]) -> None:
@@ -164,9 +171,9 @@ def _parts(state: dict[str, Tensor], spec: Spec, layout: Layout, with_decoder: b
 
 
 def _with_stem(state: dict[str, Tensor], spec: Spec, target: int, mode: str) -> tuple[dict[str, Tensor], Tensor]:
-    channels = stem.channel_map(mode, spec.in_chans, target)
+    channels = stems.channel_map(mode, spec.in_chans, target)
     state = {key: x for key, x in state.items() if spec.part(key) != "decoder"}
-    return state | {spec.stem: stem.adapt(state[spec.stem], channels)}, channels
+    return state | {spec.stem: stems.adapt(state[spec.stem], channels)}, channels
 
 
 def _check(
@@ -182,7 +189,8 @@ def _check(
     seen = images if channels is None else torch.einsum("bthw,ts->bshw", images, channels.float())
     expected, found = outputs(weights.layout.name, weights.state, weights.spec, seen), run(images)
     worst = 0.0
-    for name in found:
+    compared = [name for name in found if name in expected]
+    for name in compared:
         scale = expected[name].abs().max().item()
         apart = (found[name] - expected[name]).abs().max().item() / (scale or 1.0)
         if not apart <= tolerance:  # nan included
@@ -191,7 +199,7 @@ def _check(
                 f"than {tolerance:g}: nothing was written (--no-verify writes it all the same)"
             )
         worst = max(worst, apart)
-    what = " and ".join(found)
+    what = ", ".join(compared)
     return f"verified  {what} of {batch} random images of {size[0]} x {size[1]} differ by {worst:.1e} of the largest"
 
 
@@ -208,7 +216,7 @@ def _graph(
     write, run, tolerance = GRAPHS[to]
     name = "logits" if spec.classes else "features"
     with aside(dst) as path:
-        write(made, spec, path, size)
+        _written(write, made, spec, path, size)
 
         def outputs_of(images: Tensor) -> Outputs:
             return {name: run(path, images)}
@@ -217,6 +225,14 @@ def _graph(
             say(check(outputs_of, size, batch=batch, tolerance=tolerance))
         if check is None:
             say(UNVERIFIED)
+
+
+def _written(write: Callable, made: dict[str, Tensor], spec: Spec, path: Path, size) -> None:
+    """Call another library's writer, which has errors of its own for a full disk."""
+    try:
+        write(made, spec, path, size)
+    except (RuntimeError, SafetensorError) as error:
+        raise UsageError(f"could not write {path}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _write_tensors(dst: Path, content: dict) -> None:

@@ -15,6 +15,7 @@ from fcmae.layouts.running import Outputs, hf_model, timm_model
 from fcmae.layouts.spec import Spec
 
 BATCHES = (1, 3)  # with which a graph of dynamic batch is tried
+ONE_FILE_GIB = 1.5  # beyond it torch's exporter puts weights into a second file, whose name the first one holds
 
 
 class Dense(nn.Module):
@@ -22,7 +23,7 @@ class Dense(nn.Module):
 
     def __init__(self, state: dict[str, Tensor], spec: Spec):
         super().__init__()
-        self.model = timm_model(spec)
+        self.model = timm_model(spec, state)
         self.model.load_state_dict({key: x.float() for key, x in state.items()}, strict=True)
         self.classifies = spec.classes is not None
 
@@ -49,6 +50,11 @@ def to_onnx(state: dict[str, Tensor], spec: Spec, path: Path, size: tuple[int, i
     """Write an ONNX graph: input `images` (batch, C, H, W), output `logits` or `features`. state: in timm's layout."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _need(package)
+    size_gib = sum(4 * x.numel() for x in state.values()) / 2**30
+    if size_gib > ONE_FILE_GIB:
+        raise UsageError(
+            f"{spec} takes {size_gib:.1f} GiB, and an ONNX file holds {ONE_FILE_GIB} at most: use --to exported"
+        )
     model, images = Dense(state, spec).eval(), torch.randn(2, spec.in_chans, *size)
     name = "logits" if spec.classes else "features"
     with warnings.catch_warnings():
@@ -92,7 +98,10 @@ def run_hf(folder: Path, spec: Spec, images: Tensor) -> Outputs:
             raise UsageError(f"{folder}: transformers misses {', '.join(info['missing_keys'])}")
         with torch.no_grad():
             found = model.eval()(images)
-        made |= {"logits": found.logits} if cls is not ConvNextV2Model else {"features": found.last_hidden_state}
+        if cls is ConvNextV2Model:
+            made |= {"features": found.last_hidden_state, "pooled": found.pooler_output}
+        else:
+            made |= {"logits": found.logits}
     return made
 
 

@@ -25,16 +25,18 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def aside(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file or a folder at; synced and renamed onto `path` when the block ends well.
 
-    Interrupted, or raising, it leaves `path` as it was. Raises UsageError with the system's reason (a full disk, say).
+    Interrupted, or raising, it leaves `path` as it was; a folder that a kill caught between its two renames comes back
+    at the next call. Raises UsageError with the system's reason (a full disk, say).
     """
-    part, old = (path.with_name(f".{path.name}.{kind}") for kind in ("part", "old"))
+    part = path.with_name(f".{path.stem}.part{path.suffix}")  # torch.export looks at a name's end
+    old = path.with_name(f".{path.name}.fcmae-old")
+    _bring_back(path, old)
     try:
         _remove(part)
         yield part
         for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
             _sync(file)
-        if path.is_dir():  # no system replaces a full folder in one step
-            _remove(old)
+        if path.is_dir() and not path.is_symlink():  # no system replaces a full folder in one step
             os.replace(path, old)
         os.replace(part, path)
         _sync(path.parent)
@@ -43,12 +45,21 @@ def aside(path: Path) -> Iterator[Path]:
         raise UsageError(f"could not write {path}: {reason}; free some space or choose another folder") from error
     finally:
         _remove(part)
-        if path.exists():
-            _remove(old)
+        _bring_back(path, old)
+
+
+def _bring_back(path: Path, old: Path) -> None:
+    """End an exchange of folders: the old one goes where the new one came, and else back to its place."""
+    if not old.is_dir():
+        return
+    if path.exists():
+        shutil.rmtree(old)
+    else:
+        os.replace(old, path)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -76,7 +76,7 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     start = state.progress.step
     beginning = f"going on from step {start} of {schedule.steps}" if start else ""
     if found is None and config.init is not None:
-        beginning = start_from(model, config.init)
+        beginning = world.on_main(lambda: start_from(model, config.init))  # the other ranks get its weights from DDP
     if start > schedule.steps:
         raise UsageError(
             f"{found} is at step {start}, beyond this run's {schedule.steps}; raise train.epochs or train.steps"

@@ -12,7 +12,6 @@ from fcmae.layouts.spec import Spec
 from fcmae.weights import Weights
 
 LICENCE = "the authors' published ConvNeXt V2 weights are under CC BY-NC 4.0: not for commercial use"
-AUTHORS = ("official", "dense")
 
 
 def describe(
@@ -21,7 +20,7 @@ def describe(
     """`say` the lines. state: what goes into the target, in this toolkit's layout."""
     source = weights.layout
     say(f"source    {weights.path}: {source.name} layout ({source.text}), {len(weights.state)} tensors, {weights.spec}")
-    if source.name in AUTHORS:
+    if source.name in ("official", "dense") or (source.name == "minkowski" and not weights.spec.decoder):
         say(f"licence   {LICENCE}")
     parameters = sum(x.numel() for x in state.values())
     say(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,8 +20,9 @@ from fcmae.layouts.spec import Spec, read_spec
 # Under which names training scripts keep the weights among other things; the averaged ones with `ema`.
 ENTRIES = ("model", "state_dict", "module")
 EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema")
-# What wrappers put before every name, and transformers before an encoder's.
-PREFIXES = ("module.", "_orig_mod.", "convnextv2.")
+WRAPPERS = ("module.", "_orig_mod.")  # what torch's wrappers put before every name
+INNER = "convnextv2."  # what transformers' classifiers put before an encoder's
+CHECKPOINT = "fcmae-checkpoint-2"  # the format of a run's checkpoints
 # Of no meaning to a model here: transformers' backbones normalize feature maps by these, which nothing pretrains.
 IGNORED = ("hidden_states_norms.",)
 
@@ -62,13 +62,17 @@ def read_weights(path: str | Path, ema: bool = False) -> Weights:
     state = _entry(data, path, ema)
     if not state or not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()):
         raise UsageError(f"{path} holds no state dict of tensors")
-    for prefix in PREFIXES:
-        state = {key.removeprefix(prefix): x for key, x in state.items()}
+    while wrapper := next((w for w in WRAPPERS if all(key.startswith(w) for key in state)), None):
+        state = {key.removeprefix(wrapper): x for key, x in state.items()}
+    bare = {key.removeprefix(INNER): x for key, x in state.items()}
+    if len(bare) < len(state):
+        raise UsageError(f"{path} has keys that differ in {INNER!r} alone: it is not told which are meant")
+    state = bare
     ignored = tuple(key for key in state if key.startswith(IGNORED))
     state = {key: x for key, x in state.items() if key not in ignored}
     layout = recognise(state, path)
     ours = layout.to_fcmae(state)
-    training = data if isinstance(data, dict) and {"format", "optimizer", "model"} <= data.keys() else None
+    training = data if data.get("format") == CHECKPOINT else None
     return Weights(path, layout, state, ours, read_spec(ours, str(path)), training, ignored)
 
 
@@ -102,7 +106,7 @@ def load_tensors(path: str | Path) -> dict:
         raise UsageError(
             f"{path} is no torch file, or holds more than tensors and plain data, which is refused: it could run code"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of damaged bytes the readers may raise anything
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} is not a whole safetensors or weights-only torch file: {reason}") from None
 
@@ -126,9 +130,7 @@ def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 def _load(path: Path) -> dict:
     """The content of a file, or of a folder's newest checkpoint or weights."""
     if not path.is_dir():
-        if path.is_file() and zipfile.is_zipfile(path):
-            check_archive(path)
-        return load_tensors(path)
+        return _load_file(path)
     if (path / "checkpoints").is_dir():
         from fcmae.train.checkpoint import find_newest
 
@@ -136,14 +138,27 @@ def _load(path: Path) -> dict:
         if newest is None:
             raise UsageError(f"{path} is a run without a checkpoint yet")
         return load_tensors(newest)
-    if (path / "model.safetensors.index.json").is_file():
-        index = json.loads((path / "model.safetensors.index.json").read_text())
-        shards = sorted(set(index["weight_map"].values()))
-        return {key: x for shard in shards for key, x in load_tensors(path / Path(shard).name).items()}
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
-            return load_tensors(path / name)
+            return _load_file(path / name)
+        if (path / f"{name}.index.json").is_file():
+            return {key: x for shard in _shards(path / f"{name}.index.json") for key, x in _load_file(shard).items()}
     raise UsageError(f"{path} is a folder without checkpoints/, model.safetensors or pytorch_model.bin; name a file")
+
+
+def _load_file(path: Path) -> dict:
+    if path.is_file() and zipfile.is_zipfile(path):
+        check_archive(path)
+    return load_tensors(path)
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that transformers' index names, in its own folder."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [index.parent / Path(name).name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index} is no index of weights: {error}") from None
 
 
 def _entry(data: dict, path: Path, ema: bool) -> dict:

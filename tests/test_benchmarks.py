@@ -1,5 +1,6 @@
 """The benchmarks run from the checkout, on small inputs, and leave figures that can be right."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def run(script: str, tmp_path: Path, *args: str) -> tuple[dict, str]:
 def test_train_step(tmp_path, whole):
     found, shown = run("train_step.py", tmp_path, *(["--whole"] if whole else []))
     arms = {"native", "reference", "dense", "dense compiled", "matmuls"}
+    arms |= {"minkowski"} if importlib.util.find_spec("MinkowskiEngine") else set()
     assert arms <= found["arms"].keys() and {"cpu", "torch", "threads", "kernels"} <= found["machine"].keys()
     for name, arm in found["arms"].items():
         assert arm["median_s"] > 0 and arm["peak_mb"] > 0 and name in shown

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import pickle
 
 import pytest
@@ -155,7 +156,8 @@ def test_every_size_through_timm_transformers_and_the_authors(size):
         theirs = timm.create_model(name, num_classes=0).state_dict()
         depths, dims = CONVNEXTV2_SIZES[size]
         other = ConvNextV2Model(ConvNextV2Config(depths=list(depths), hidden_sizes=list(dims))).state_dict()
-    state = {key: torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) for key, x in theirs.items()}
+    generator = torch.Generator().manual_seed(0)  # one for all: no two tensors are alike
+    state = {key: torch.randn(x.shape, generator=generator) for key, x in theirs.items()}
     ours = LAYOUTS["timm"].to_fcmae(state)
     assert_same(LAYOUTS["timm"].from_fcmae(ours), state)
     hf = LAYOUTS["hf"].from_fcmae(ours)
@@ -188,11 +190,13 @@ def test_other_channels_and_back(authors, tmp_path, mode, chans):
     if mode == "first":
         kept = min(chans, 3)
         assert torch.equal(stems[1][:, :kept], stems[0][:, :kept]) and not stems[1][:, kept:].any()
-    else:  # an image that is equal in all channels gives what it gave; the trip back keeps that
-        for made in stems[1:] if mode == "mean" or chans == 6 else ():
+    else:  # an image that is equal in all channels gives what it gave
+        for made in stems[1:] if mode == "mean" else stems[1:2] if chans > 3 else ():
             close(made.sum(1), stems[0].sum(1), 1e-6)
     if mode == "repeat" and chans == 6:
-        close(stems[2], stems[0], 1e-6)
+        close(stems[1], stems[0].repeat(1, 2, 1, 1) / 2, 1e-6)
+    if mode == "repeat" and chans == 1:
+        close(stems[1], 3 * stems[0][:, :1], 1e-6)
     if mode == "mean":
         close(stems[1][:, 0], stems[0].sum(1) / chans, 1e-6)
 
@@ -253,26 +257,83 @@ def test_a_result_that_differs_is_not_written(authors, tmp_path, monkeypatch, ca
     assert "verified  no: --no-verify" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("moment", [0, 1])
+@pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize(
     "to,name", [("timm", "x.safetensors"), ("official", "x.pth"), ("hf", "x"), ("exported", "x.pt2")]
 )
-def test_interrupted_while_writing(authors, tmp_path, monkeypatch, to, name):
-    """At the last moment, with everything written but for the name: DST is absent, or what it was."""
-    import os
+def test_interrupted_while_writing(authors, tmp_path, monkeypatch, to, name, exists, moment):
+    """At each renaming, the last moments: DST is absent, or what it was."""
+    dst, real, calls = tmp_path / name, os.replace, []
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def interrupted(*paths):
+        calls.append(paths)
+        if len(calls) == moment + 1:
+            raise KeyboardInterrupt
+        real(*paths)
 
-    for before in (None, "as it was"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "replace", interrupted)
-            convert(authors, tmp_path / name, to, force=True, verify=False)
-        left = [p for p in tmp_path.iterdir() if p.name.startswith(".x")]
-        assert (tmp_path / name).exists() == bool(before) and not left, left
-        if to == "hf":
-            break
-        (tmp_path / name).write_text("as it was")
-        assert (tmp_path / name).read_text() == "as it was"
+    def content():
+        files = sorted(dst.rglob("*")) if dst.is_dir() else [dst]
+        return {p.name: p.read_bytes() for p in files} if dst.exists() else None
+
+    if exists:
+        convert(authors, dst, to, verify=False)
+    elif moment:
+        return  # there is one renaming
+    before = content()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        try:
+            convert(authors, dst, to, force=True, verify=False, in_chans=1)
+        except KeyboardInterrupt:
+            assert content() == before
+        else:
+            assert to != "hf" and moment == 1 and content() != before  # a file takes one renaming
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".x")]
+
+
+def test_a_kill_between_two_renamings_is_mended(authors, tmp_path):
+    convert(authors, tmp_path / "x", "hf", verify=False)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()}
+    (tmp_path / "x").rename(tmp_path / ".x.fcmae-old")
+    with pytest.raises(ValueError, match="no such file"):
+        convert(tmp_path / "nothing.pth", tmp_path / "x", "hf", force=True)
+    with pytest.raises(ValueError, match="cannot hold|has no place"):
+        convert(authors, tmp_path / "x", "hf", force=True, with_decoder=True)
+    convert(authors, tmp_path / "x", "hf", verify=False)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()} == before
+    assert not (tmp_path / ".x.fcmae-old").exists()
+
+
+def test_whoever_made_a_timm_model_chose_its_mlp(tmp_path):
+    model = shake(timm.create_model("convnextv2_atto", conv_mlp=False, num_classes=0))
+    torch.save(model.state_dict(), tmp_path / "linear.pth")
+    convert(tmp_path / "linear.pth", tmp_path / "atto.safetensors")
+    timm.create_model("convnextv2_atto", num_classes=0, checkpoint_path=str(tmp_path / "atto.safetensors"))
+
+
+def test_a_backbones_folder_and_shards(authors, tmp_path):
+    from transformers import ConvNextV2Backbone
+
+    convert(authors, tmp_path / "hf", "hf")
+    backbone = ConvNextV2Backbone.from_pretrained(tmp_path / "hf")
+    backbone.save_pretrained(tmp_path / "backbone", max_shard_size="50KB")
+    assert (tmp_path / "backbone" / "model.safetensors.index.json").is_file()
+    convert(tmp_path / "backbone", tmp_path / "back.safetensors", "official")
+    convert(authors, tmp_path / "direct.safetensors", "official")
+    assert_same(load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "direct.safetensors"))
+    (tmp_path / "backbone" / "model.safetensors.index.json").write_text('{"weight_map": ')
+    with pytest.raises(ValueError, match="no index of weights"):
+        read_checkpoint(tmp_path / "backbone")
+
+
+def test_wrapped_names(tmp_path):
+    state = small_timm().state_dict()
+    torch.save({f"_orig_mod.module.{key}": x for key, x in state.items()}, tmp_path / "wrapped.pth")
+    assert_same(read_checkpoint(tmp_path / "wrapped.pth"), LAYOUTS["timm"].to_fcmae(dict(state)))
+    torch.save(dict(state) | {"module.stem.0.weight": state["stem.0.weight"] + 1}, tmp_path / "both.pth")
+    with pytest.raises(ValueError, match="1 unknown: module.stem.0.weight"):
+        read_checkpoint(tmp_path / "both.pth")
 
 
 class Payload:
@@ -300,6 +361,10 @@ def test_refused_in_one_line(authors, tmp_path, capsys, monkeypatch):
     torch.save(state | {"encoder.stages.1.0.grn.gamma": torch.zeros(1, 7)}, tmp_path / "mixed.pth")
     torch.save(state | {"encoder.extra": torch.zeros(3)}, tmp_path / "extra.pth")
     save_file({key: x for key, x in state.items() if not key.startswith("encoder.stages.3")}, "part.safetensors")
+    torch.save(state | {"encoder.stages.1.0.dwconv.kernel": torch.tensor(1.0)}, tmp_path / "rank.pth")
+    torch.save(state | {"encoder.stages.0.9999999.norm.ln.bias": torch.zeros(8)}, tmp_path / "many.pth")
+    torch.save({k: x for k, x in small_timm(5).state_dict().items() if "head.norm" not in k}, tmp_path / "bare.pth")
+    (tmp_path / "text.pth").write_text("a: 1")
     (tmp_path / "folder").mkdir()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert main(["checkpoint-799.pth", "exists.safetensors"]) == 0
@@ -321,6 +386,10 @@ def test_refused_in_one_line(authors, tmp_path, capsys, monkeypatch):
         ("mixed.pth new.safetensors", "encoder.stages.1.blocks.0.mlp.grn.weight is (7,) where (64,) belongs"),
         ("extra.pth new.safetensors", "1 unknown: encoder.extra"),
         ("part.safetensors new.safetensors", "no whole ConvNeXt V2"),
+        ("rank.pth new.safetensors", "encoder.stages.1.0.dwconv.kernel of shape () does not belong"),
+        ("many.pth new.safetensors", "not numbered 0, 1, 2"),
+        ("bare.pth new.safetensors", "classifier without the norm"),
+        ("text.pth new.safetensors", "text.pth"),
         ("folder new.safetensors", "name a file"),
         ("run new.safetensors", "without a checkpoint yet"),
         ("checkpoint-799.pth exists.safetensors", "--force"),
@@ -334,6 +403,9 @@ def test_refused_in_one_line(authors, tmp_path, capsys, monkeypatch):
         ("checkpoint-799.pth x.pth --in-chans 0", "1 or more"),
         ("checkpoint-799.pth x.pt2 --to exported --image-size 100", "multiple"),
         ("checkpoint-799.pth folder --to timm --force", "*.safetensors"),
+        ("checkpoint-799.pth run --to hf --force", "--force does not replace it"),
+        ("checkpoint-799.pth .. --to hf --force", "--force does not replace it"),
+        ("checkpoint-799.pth / --to hf --force", "is no name"),
     ]:
         assert main(arguments.split()) == 2, arguments
         error = capsys.readouterr().err

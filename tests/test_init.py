@@ -5,7 +5,7 @@ import torch
 
 from fcmae.convert import convert, read_checkpoint
 from fcmae.pretrain import main
-from small_runs import CONFIG, assert_same, make_pictures, metrics
+from small_runs import CONFIG, assert_same, make_pictures, metrics, run
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,14 @@ def test_from_an_encoder_of_any_layout(place, tmp_path, capsys, to, name):
     one, two = read_checkpoint(tmp_path / "run"), read_checkpoint(place / "first")
     for key in two:
         assert torch.equal(one[key], two[key]) == key.startswith("encoder.") or not two[key].any(), key
+
+
+@pytest.mark.slow
+def test_every_rank_starts_from_them(place, tmp_path):
+    settings = ["train.lr=0", "train.weight_decay=0", "train.batch_size=4", "train.steps=2"]
+    arguments = [f"data.source={place}/pictures", f"out={tmp_path}/two", f"init={place}/first", *settings]
+    run(place / "config.yaml", *arguments, processes=2)
+    assert_same(read_checkpoint(tmp_path / "two"), read_checkpoint(place / "first"))
 
 
 def test_resuming_does_not_start_over(place, tmp_path):

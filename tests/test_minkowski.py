@@ -104,7 +104,7 @@ def test_initial_weights_do_not_depend_on_the_backend():
     assert torch.equal(*following)
 
 
-def test_refusals(monkeypatch):
+def test_refusals():
     _, model = pair(image_size=64)
     images, mask = torch.zeros(1, 3, 64, 64), masks(1, (2, 2))
     with pytest.raises(ValueError, match="bfloat16.*train.precision=fp32"), torch.autocast("cpu", torch.bfloat16):
@@ -128,6 +128,8 @@ def test_the_forks_depthwise_is_taken_where_there_is_one(monkeypatch):
     _, model = pair(image_size=64)
     assert all(isinstance(stage[0].dwconv, Depthwise) for stage in model.encoder.stages)
     assert "its own depthwise" in engine.describe()
+    with pytest.raises(ValueError, match="has CUDA code only"):
+        model(torch.zeros(1, 3, 64, 64), masks(1, (2, 2)))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is asked of a machine before MinkowskiEngine is built, and what is said where it is missing or does not load."""
 
+import importlib.machinery
 import os
 import shutil
 import subprocess
@@ -74,15 +75,24 @@ def test_wheels_are_kept_apart_by_torch_and_kind(cache):
     folder = build.wheel_folder(cuda=False)
     assert str(cache) in str(folder) and folder != build.wheel_folder(cuda=True)
     folder.mkdir(parents=True)
-    (folder / ".MinkowskiEngine-0.5.4.whl.part").touch()
+    (folder / ".MinkowskiEngine-0.5.part.whl").touch()
     assert build.find_wheel(cuda=False) is None
     (folder / "MinkowskiEngine-0.5.4-cp3-linux.whl").touch()
     assert build.find_wheel(cuda=False).name == "MinkowskiEngine-0.5.4-cp3-linux.whl"
 
 
-def test_asked_for_and_not_installed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_a_wheel_that_does_not_install_is_built_anew(cache, capsys):
+    wheel = build.wheel_folder(cuda=False) / "MinkowskiEngine-0.5.4-cp3-linux.whl"
+    wheel.parent.mkdir(parents=True)
+    wheel.write_bytes(b"of another machine")
+    error = refused(capsys)
+    assert "could not install MinkowskiEngine-0.5.4-cp3-linux.whl (removed)" in error and not wheel.exists()
+
+
+@pytest.mark.parametrize("spec", [None, importlib.machinery.ModuleSpec("MinkowskiEngine", None)])  # or a folder alone
+def test_asked_for_and_not_installed(tmp_path, monkeypatch, capsys, spec):
     monkeypatch.delitem(sys.modules, "MinkowskiEngine", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     (tmp_path / "config.yaml").write_text(CONFIG)
     arguments = [f"out={tmp_path}/run", "data.source=sample", "sparse.backend=minkowski"]
     assert pretrain([str(tmp_path / "config.yaml"), *arguments]) == 2

@@ -123,3 +123,15 @@ def test_kernels_is_no_top_level_module():
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ImportError: ") and "the package fcmae.kernels" in done.stderr
     assert python("import fcmae.kernels", ROOT).returncode == 0
+    assert python("import kernels; assert not hasattr(kernels, '__version__')", ROOT).returncode == 0
+
+
+def test_a_package_called_kernels_is_found_from_a_checkout(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '9'\n")
+    (tmp_path / "kernels" / "layer.py").write_text("name = 'theirs'\n")
+    code = "import kernels; from kernels.layer import name; import fcmae.kernels as ours
+"
+    code += "print(kernels.__version__, name, ours.backends())"
+    done = python(code, ROOT, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and done.stdout.startswith("9 theirs {"), done.stderr

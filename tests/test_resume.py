@@ -49,7 +49,7 @@ def test_killed_at_ten_random_moments(whole, tmp_path):
         )  # fmt: skip
         before = reached() if (out / "metrics.jsonl").exists() else 0
         if killed % 2:  # in the middle of writing a checkpoint
-            condition = lambda: any((out / "checkpoints").glob(".*.part"))  # noqa: E731
+            condition = lambda: any((out / "checkpoints").glob(".*.part.pt"))  # noqa: E731
         else:  # some steps and a random fraction of one further on
             goal, pause = before + rng.randint(1, 5), rng.random() * 0.05
             condition = lambda: (out / "metrics.jsonl").exists() and reached() >= goal and (time.sleep(pause) or True)  # noqa: B023, E731
@@ -137,7 +137,7 @@ def test_killed_while_claiming_its_folder_a_run_can_still_claim_it(whole, tmp_pa
     _, config, settings = whole
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").touch()
-    (tmp_path / "out" / ".config.yaml.part").write_text("half")
+    (tmp_path / "out" / ".config.part.yaml").write_text("half")
     run(config, *settings, f"out={tmp_path / 'out'}", "train.steps=5", "train.warmup_epochs=0")
     assert len(metrics(tmp_path / "out")) == 5
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fcmae.errors import UsageError
 from fcmae.layouts.names import Names
 
 State = dict[str, Tensor]
@@ -42,9 +43,17 @@ class Layout:
         return all(mark in state for mark in self.marks)
 
     def to_fcmae(self, state: State) -> State:
-        """The same values under this toolkit's names and shapes; keys that the layout does not know stay."""
-        known = {key: self.names.ours(key) for key in state}
-        return {known[key] or key: self.ours(key, x) if known[key] else x for key, x in state.items()}
+        """The same values under this toolkit's names and shapes; keys that the layout does not know stay.
+
+        Raises UsageError for a tensor with another number of dimensions than the layout's.
+        """
+        return {self.names.ours(key) or key: self._ours(key, x) for key, x in state.items()}
+
+    def _ours(self, key: str, x: Tensor) -> Tensor:
+        try:
+            return self.ours(key, x) if self.names.ours(key) else x
+        except (IndexError, RuntimeError) as error:
+            raise UsageError(f"{key} of shape {tuple(x.shape)} does not belong into the {self.name} layout") from error
 
     def from_fcmae(self, state: State) -> State:
         """The same values in this layout; keys that it has no name for stay."""

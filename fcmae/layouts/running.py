@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.errors import UsageError
-from fcmae.layouts import FAMILIES
+from fcmae.layouts import FAMILIES, LAYOUTS
 from fcmae.layouts.spec import ConvNextSpec, Spec, VitSpec
-from fcmae.layouts.timm import CONV_MLP_DIMS
-from fcmae.models.convnextv2 import ConvNeXtV2
+from fcmae.layouts.timm import with_norm
+from fcmae.models.fcmae import FCMAE
 from fcmae.models.mae import MAE
-from fcmae.models.support import DenseSupport
 
-# "features", of ConvNets (B, C, H/32, W/32), of ViTs (B, 1 + patches, D), and with a classifier "logits" (B, classes).
+# "features", of ConvNets (B, C, H/32, W/32), of ViTs (B, 1 + patches, D); and where the model has what they need
+# "pooled" (B, D), after the norm; "logits" (B, classes); "prediction" (B, L, p*p*C), of a fixed mask.
 Outputs = dict[str, Tensor]
 
 
@@ -35,18 +35,19 @@ def outputs(layout: str, state: dict[str, Tensor], spec: Spec, images: Tensor) -
     return (_mae if isinstance(spec, VitSpec) else _fcmae)(ours, spec, images)
 
 
-def timm_model(spec: Spec) -> nn.Module:
-    """timm's model of these sizes: the named one, where there is a name."""
+def timm_model(spec: Spec, state: dict[str, Tensor]) -> nn.Module:
+    """timm's model that holds a state dict in its layout: the named one, where there is a name."""
     common = {"in_chans": spec.in_chans, "num_classes": spec.classes or 0}
     if isinstance(spec, VitSpec):
         common["img_size"] = spec.image_size
+    else:
+        common["conv_mlp"] = state["stages.0.blocks.0.mlp.fc1.weight"].ndim == 4  # whoever made it chose
     if spec.name is not None:
         return timm.create_model(spec.name, **common).eval()
     if isinstance(spec, VitSpec):
         sizes = {"patch_size": spec.patch_size, "embed_dim": spec.dim, "depth": spec.depth, "num_heads": spec.heads}
         return timm.models.VisionTransformer(**sizes, **common).eval()
-    small = spec.dims[0] in CONV_MLP_DIMS
-    sizes = {"depths": spec.depths, "dims": spec.dims, "conv_mlp": small, "use_grn": True, "ls_init_value": None}
+    sizes = {"depths": spec.depths, "dims": spec.dims, "use_grn": True, "ls_init_value": None}
     return timm.models.convnext.ConvNeXt(**sizes, **common).eval()
 
 
@@ -60,6 +61,8 @@ def hf_model(spec: ConvNextSpec, state: dict[str, Tensor]) -> nn.Module:
     sizes = {"num_channels": spec.in_chans, "depths": list(spec.depths), "hidden_sizes": list(spec.dims)}
     labels = {"num_labels": spec.classes} if spec.classes else {}
     config = ConvNextV2Config(**sizes, layer_norm_eps=1e-6, **labels)
+    if "layernorm.weight" not in state:  # a backbone's
+        state = LAYOUTS["hf"].from_fcmae(with_norm(LAYOUTS["hf"].to_fcmae(state)))
     with torch.device("meta"):
         model = (ConvNextV2ForImageClassification if spec.classes else ConvNextV2Model)(config)
     inner = "" if spec.classes is None else "convnextv2."
@@ -69,13 +72,25 @@ def hf_model(spec: ConvNextSpec, state: dict[str, Tensor]) -> nn.Module:
 
 
 def _fcmae(state: dict[str, Tensor], spec: ConvNextSpec, images: Tensor) -> Outputs:
-    encoder = ConvNeXtV2(spec.in_chans, spec.depths, spec.dims)
-    encoder.load_state_dict({k.removeprefix("encoder."): x for k, x in state.items() if k.startswith("encoder.")})
-    features = encoder(images, DenseSupport()).permute(0, 3, 1, 2)
-    if spec.classes is None:
-        return {"features": features}
-    pooled = F.layer_norm(features.mean((2, 3)), (spec.dims[-1],), state["norm.weight"], state["norm.bias"], eps=1e-6)
-    return {"features": features, "logits": F.linear(pooled, state["head.weight"], state["head.bias"])}
+    width, blocks = spec.decoder or (8, 0)
+    model = FCMAE(
+        tuple(images.shape[-2:]), spec.in_chans, spec.depths, spec.dims, decoder_dim=width, decoder_depth=blocks,
+        backend="reference",
+    )  # fmt: skip
+    parts = {part: {k: x for k, x in state.items() if spec.part(k) == part} for part in ("encoder", "decoder")}
+    decoder = parts["decoder"] or {k: x for k, x in model.state_dict().items() if spec.part(k) == "decoder"}
+    model.load_state_dict(parts["encoder"] | decoder, strict=True)
+    made = {"features": model.encode(images)}
+    if spec.norm:
+        norm = state["norm.weight"], state["norm.bias"]
+        made["pooled"] = F.layer_norm(made["features"].mean((2, 3)), (spec.dims[-1],), *norm, eps=1e-6)
+    if spec.classes:
+        made["logits"] = F.linear(made["pooled"], state["head.weight"], state["head.bias"])
+    if spec.decoder:
+        mask = torch.zeros(images.shape[0], *model.grid(images), dtype=torch.bool)
+        mask[:, ::2] = True
+        made["prediction"] = model.predict(images, model.tiles(images, mask))
+    return made
 
 
 def _mae(state: dict[str, Tensor], spec: VitSpec, images: Tensor) -> Outputs:
@@ -92,16 +107,18 @@ def _mae(state: dict[str, Tensor], spec: VitSpec, images: Tensor) -> Outputs:
 
 
 def _timm(state: dict[str, Tensor], spec: Spec, images: Tensor) -> Outputs:
-    model = timm_model(spec)
+    model = timm_model(spec, state)
     model.load_state_dict(state, strict=True)
     features = model.forward_features(images)
-    return {"features": features} | ({"logits": model.forward_head(features)} if spec.classes else {})
+    made = {"features": features, "pooled": model.forward_head(features, pre_logits=True)}
+    return made | ({"logits": model.forward_head(features)} if spec.classes else {})
 
 
 def _hf(state: dict[str, Tensor], spec: Spec, images: Tensor) -> Outputs:
     model = hf_model(spec, state)
     base = model.convnextv2 if spec.classes else model
-    made = {"features": base(images).last_hidden_state}
+    found = base(images)
+    made = {"features": found.last_hidden_state, "pooled": found.pooler_output}
     return made | ({"logits": model(images).logits} if spec.classes else {})
 
 

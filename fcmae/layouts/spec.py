@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,16 +84,17 @@ class ConvNextSpec(Spec):
         depths = []
         for i in range(4):
             stage = f"encoder.stages.{i}.blocks."
-            depths.append(1 + max((int(key.split(".")[4]) for key in state if key.startswith(stage)), default=-1))
-            if not depths[-1]:
-                raise KeyError(stage)
+            depths.append(_count((key.split(".")[4] for key in state if key.startswith(stage)), stage))
         blocks = {key.split(".")[1] for key in state if key.startswith("decoder.")}
+        norm = any(key.startswith("norm.") for key in state)
+        if "head.weight" in state and not norm:
+            raise ValueError("a classifier without the norm that comes before it")
         return cls(
             in_chans=state["encoder.stem.0.weight"].shape[1],
             depths=tuple(depths),
             dims=tuple(state[f"encoder.stages.{i}.blocks.0.conv_dw.weight"].shape[0] for i in range(4)),
             decoder=(state["mask_token"].shape[-1], len(blocks)) if "mask_token" in state else None,
-            norm=any(key.startswith("norm.") for key in state),
+            norm=norm,
             classes=state["head.weight"].shape[0] if "head.weight" in state else None,
         )
 
@@ -139,14 +141,13 @@ class VitSpec(Spec):
     def read(cls, state: dict[str, Tensor]) -> VitSpec:
         """From a state dict in this toolkit's layout; KeyError, IndexError or ValueError where that is not possible."""
         dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-        blocks = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
         inner = {int(key.split(".")[1]) for key in state if key.startswith("decoder_blocks.")}
         return cls(
             in_chans=in_chans,
             patch_size=patch_size,
             tokens=state["pos_embed"].shape[1] - 1,
             dim=dim,
-            depth=1 + max(blocks),
+            depth=_count((key.split(".")[1] for key in state if key.startswith("blocks.")), "blocks."),
             decoder=(state["mask_token"].shape[-1], len(inner)) if "mask_token" in state else None,
             classes=state["head.weight"].shape[0] if "head.weight" in state else None,
         )
@@ -217,6 +218,14 @@ def read_spec(state: dict[str, Tensor], where: str) -> Spec:
     if said:
         raise UsageError(f"{where} is no whole {spec.name or spec.title}: {'; '.join(said)}")
     return spec
+
+
+def _count(numbers: Iterable[str], what: str) -> int:
+    """How many blocks there are, which must be numbered from 0 without a gap."""
+    found = sorted({int(number) for number in numbers})
+    if not found or found != list(range(len(found))):
+        raise ValueError(f"{what}* are not numbered 0, 1, 2, ... but {found[:4] or 'missing'}")
+    return len(found)
 
 
 def _some(names: list[str], shown: int = 4) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,11 @@ import torch
 from tqdm import tqdm
 
 from fcmae.errors import UsageError
-from fcmae.files import cache_folder
+from fcmae.files import aside, cache_folder
 
 VERSION = "0.5.4"
 SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94"  # of the source on PyPI
-TOOLS = ("pip>=23.1", "setuptools>=65", "wheel", "ninja")
+TOOLS = ("pip>=23.1,<27", "setuptools>=77,<85", "wheel", "ninja")
 PACKAGES = {
     "a C++ compiler": "g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name one in CXX",
     "Python's headers": "python3-dev (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)",
@@ -45,16 +46,25 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     cuda = torch.cuda.is_available() and not arguments.cpu_only
     try:
-        check_needs(cuda)
-        wheel = find_wheel(cuda) or build(cuda)
+        check_pip()
+        wheel = find_wheel(cuda)
+        if wheel is None:
+            check_needs(cuda)
+            wheel = build(cuda)
         install(wheel)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"fcmae.minkowski.build: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
         print(f"fcmae.minkowski.build: error: {failure(error, cuda)}", file=sys.stderr)
         return 1
     return 0
+
+
+def check_pip() -> None:
+    """Raises UsageError when this environment has no pip."""
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+        raise UsageError(f"building MinkowskiEngine needs pip in this environment: {sys.executable} -m ensurepip")
 
 
 def check_needs(cuda: bool) -> None:
@@ -70,7 +80,14 @@ def check_needs(cuda: bool) -> None:
             blas = ["-lopenblas"] if "cblas" in source else []
             program = Path(folder, "probe.cpp")
             program.write_text(f"{source}int main() {{ return 0; }}\n")
-            command = [compiler(), str(program), includes, "-o", str(Path(folder, "probe")), *blas]
+            command = [
+                *shlex.split(os.environ.get("CXX", "c++")),
+                str(program),
+                includes,
+                "-o",
+                str(Path(folder, "probe")),
+                *blas,
+            ]
             try:
                 subprocess.run(command, check=True, capture_output=True)
             except (OSError, subprocess.CalledProcessError):
@@ -82,15 +99,11 @@ def check_needs(cuda: bool) -> None:
             raise UsageError(f"building MinkowskiEngine for a GPU needs NVIDIA's nvcc, and there is none; {OTHERS}")
 
 
-def compiler() -> str:
-    """The C++ compiler that torch's extensions use."""
-    return os.environ.get("CXX", "c++")
-
-
 def wheel_folder(cuda: bool) -> Path:
     """Where the wheel for this torch, this Python and this kind of build is kept."""
     kind = f"cu{torch.version.cuda}" if cuda else "cpu"
-    return cache_folder() / "minkowski" / f"torch-{torch.__version__}-{kind}-{sys.implementation.cache_tag}"
+    python = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    return cache_folder() / "minkowski" / f"torch-{torch.__version__}-{kind}-{python}"
 
 
 def find_wheel(cuda: bool) -> Path | None:
@@ -118,9 +131,8 @@ def build(cuda: bool) -> Path:
         options = ["--no-deps", "--no-build-isolation", "--no-binary=MinkowskiEngine", "-w", str(work / "wheel")]
         pip(["wheel", "-v", *options, "-r", str(requirement)], log, build_environment(work, cuda), progress=True)
         built = next((work / "wheel").glob("*.whl"))
-        aside = folder / f".{built.name}.part"  # another build may be reading here
-        shutil.copyfile(built, aside)
-        os.replace(aside, folder / built.name)
+        with aside(folder / built.name) as part:
+            shutil.copyfile(built, part)
         return folder / built.name
 
 
@@ -135,13 +147,12 @@ def build_environment(work: Path, cuda: bool) -> dict[str, str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     jobs = max(1, min(os.cpu_count() or 1, int(memory // (6 if cuda else 3))))  # GiB that a compiler may take
     path = os.pathsep.join([str(bin), str(tools / "bin"), os.environ.get("PATH", os.defpath)])
-    return {"MAX_JOBS": str(jobs), **os.environ, "PATH": path, "PYTHONPATH": str(tools)}
+    python_path = os.pathsep.join([str(tools), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"MAX_JOBS": str(jobs), **os.environ, "PATH": path, "PYTHONPATH": python_path}
 
 
 def pip(arguments: list[str], log: Path, environment: Mapping[str, str], progress: bool = False) -> None:
     """Run this Python's pip, its output into `log`; a bar follows the compiler's `[3/13]` lines when `progress`."""
-    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
-        raise UsageError(f"building MinkowskiEngine needs pip in this environment: {sys.executable} -m ensurepip")
     command = [sys.executable, "-m", "pip", arguments[0], "--retries", "10", *arguments[1:]]
     with open(log, "a") as file, tqdm(desc="compiling", unit="file", disable=not progress, mininterval=0) as bar:
         process = subprocess.Popen(
@@ -157,15 +168,28 @@ def pip(arguments: list[str], log: Path, environment: Mapping[str, str], progres
 
 
 def install(wheel: Path) -> None:
-    """Put the wheel into this environment and see that the engine loads there."""
-    quiet = ["--no-deps", "--force-reinstall", "--quiet", "--root-user-action=ignore"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", *quiet, str(wheel)], check=True, capture_output=True, text=True
+    """Put the wheel into this environment and see that the engine loads there.
+
+    Raises UsageError when it does not; the wheel is then removed, so that the next time builds it anew.
+    """
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--force-reinstall", "--quiet", str(wheel)]
+    done = subprocess.run(
+        command, env=os.environ | {"PIP_ROOT_USER_ACTION": "ignore"}, capture_output=True, text=True, errors="replace"
     )
+    if done.returncode:
+        wheel.unlink()
+        raise UsageError(f"pip could not install {wheel.name} (removed): {_last_line(done.stderr)}")
     probe = "from fcmae.minkowski import engine; print(engine.describe())"
-    done = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        wheel.unlink()
+        raise UsageError(f"{wheel.name} does not load (removed; try again to build it): {_last_line(done.stderr)}")
     print(f"installed: {done.stdout.strip()} (kept: {wheel})")
     print("use it:    python -m fcmae.pretrain CONFIG.yaml sparse.backend=minkowski")
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1][:300]
 
 
 def failure(error: subprocess.CalledProcessError, cuda: bool) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import importlib
 import importlib.util
+import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -18,22 +22,40 @@ BUILD = "make minkowski (without a checkout: python -m fcmae.minkowski.build)"
 
 def load() -> ModuleType:
     """The installed engine. Raises UsageError, with the command that builds it, when there is none that works."""
-    if "MinkowskiEngine" not in sys.modules and importlib.util.find_spec("MinkowskiEngine") is None:
+    if "MinkowskiEngine" in sys.modules:
+        return sys.modules["MinkowskiEngine"]
+    spec = importlib.util.find_spec("MinkowskiEngine")
+    if spec is None or spec.origin is None:  # a folder of that name, such as a clone of its repository, is no engine
         raise UsageError(
             f"sparse.backend=minkowski needs MinkowskiEngine, which is not installed: build it with {BUILD}, "
             f"or use sparse.backend=native"
         )
     collections.Sequence = collections.abc.Sequence  # 0.5.4 takes it from where Python 3.10 no longer has it
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it was built for the CPU: the head of a run says so
-            import MinkowskiEngine
+        with _contained(os.path.dirname(spec.origin)):
+            return importlib.import_module("MinkowskiEngine")
     except (ImportError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"the installed MinkowskiEngine does not load with torch {torch.__version__} "
-            f"({str(error).splitlines()[0]}): build it again with {BUILD}"
+            f"the installed MinkowskiEngine does not load with torch {torch.__version__} ({reason}): "
+            f"build it again with {BUILD}"
         ) from None
-    return MinkowskiEngine
+
+
+@contextmanager
+def _contained(folder: str) -> Iterator[None]:
+    """What importing the engine does to a process besides, undone: it looks for its own modules as top-level ones, sets
+    OMP_NUM_THREADS, and warns that it was built for the CPU, which the head of a run says."""
+    path, threads = list(sys.path), os.environ.get("OMP_NUM_THREADS")
+    sys.path.insert(0, folder)  # before a user's modules of the same names
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.path[:] = path
+        if threads is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
 
 
 def describe() -> str:
@@ -46,7 +68,13 @@ def describe() -> str:
 
 def check_device(device: torch.device) -> None:
     """Raises UsageError where the installed engine cannot compute on `device`."""
-    if device.type == "cpu" or (device.type == "cuda" and load().is_cuda_available()):
+    me = load()
+    if device.type == "cpu" and hasattr(me, "MinkowskiDepthwiseConvolution"):
+        raise UsageError(
+            "the installed MinkowskiEngine is the authors' fork, whose depthwise convolution has CUDA code only: use "
+            "device=cuda, sparse.backend=native, or the published engine: " + BUILD
+        )
+    if device.type == "cpu" or (device.type == "cuda" and me.is_cuda_available()):
         return
     built = "was built for the CPU alone" if device.type == "cuda" else "has CPU and CUDA code only"
     raise UsageError(

@@ -9,9 +9,8 @@ import torch
 
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
-from fcmae.weights import check_archive, load_tensors
+from fcmae.weights import CHECKPOINT, check_archive, load_tensors
 
-FORMAT = "fcmae-checkpoint-2"
 _NAME = re.compile(r"step_(\d{9})\.pt")
 
 
@@ -34,7 +33,7 @@ def save(folder: Path, payload: dict, keep_last: int, keep_multiple: int | None)
     """
     step = payload["step"]
     path = path_of(folder, step)
-    write_whole(path, lambda file: torch.save({"format": FORMAT, **payload}, file))
+    write_whole(path, lambda file: torch.save({"format": CHECKPOINT, **payload}, file))
     kept = [s for s in steps_in(folder) if s <= step]
     newest = set(kept[-keep_last:])
     for other in steps_in(folder):
@@ -48,7 +47,12 @@ def read(path: Path) -> dict:
     """A checkpoint's payload on the CPU. Raises UsageError when it is damaged, foreign or would run code."""
     check_archive(path)
     payload = load_tensors(path)
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+    found = payload.get("format") if isinstance(payload, dict) else None
+    if isinstance(found, str) and found != CHECKPOINT and found.startswith("fcmae-checkpoint-"):
+        raise UsageError(
+            f"{path} is of another version of this toolkit ({found}); its weights alone can be taken: init="
+        )
+    if found != CHECKPOINT:
         raise UsageError(f"{path} is not a checkpoint of this toolkit; only such a file can be resumed")
     return payload
 
