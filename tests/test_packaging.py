@@ -130,8 +130,7 @@ def test_a_package_called_kernels_is_found_from_a_checkout(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '9'\n")
     (tmp_path / "kernels" / "layer.py").write_text("name = 'theirs'\n")
-    code = "import kernels; from kernels.layer import name; import fcmae.kernels as ours
-"
+    code = "import kernels; from kernels.layer import name; import fcmae.kernels as ours\n"
     code += "print(kernels.__version__, name, ours.backends())"
     done = python(code, ROOT, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and done.stdout.startswith("9 theirs {"), done.stderr
