@@ -41,7 +41,7 @@ UNVERIFIED = "verified  no: --no-verify"
 def main(argv: list[str] | None = None) -> int:
     """The command; exit status 0, or 2 with one line for bad input."""
     parser = argparse.ArgumentParser(
-        "fcmae.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m fcmae.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("src", type=Path, help="weights of any known layout: a file, a run's or transformers' folder")
     parser.add_argument(
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--in-chans", type=int, metavar="N", help="a stem for N channels")
     parser.add_argument(
         "--stem", choices=stems.MODES, default="mean", help="how --in-chans makes it: the mean of all kernels, the "
-        "kernels in turn (both scaled), or the first ones; default mean"
+        "kernels in turn, or the first ones (docs/weights.md); default mean"
     )  # fmt: skip
     parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="of hf, onnx, exported; default 224")
     given = parser.parse_args(argv)
@@ -105,7 +105,8 @@ def convert(
     if layout.ends_in_norm:
         state = timm.with_norm(state)
     spec = read_spec(state, "the result")
-    describe(weights, layout, state, spec, dst, say)
+    kind = f"{to}, of timm's model" if to in GRAPHS else f"{to} layout ({layout.text})"
+    describe(weights, layout, state, spec, f"{dst}: {kind}", say)
     made = {key: x.contiguous() for key, x in layout.from_fcmae(state).items()}
     check = partial(_check, weights, spec, channels) if verify else None
     if to in GRAPHS:
@@ -142,7 +143,7 @@ def check_target(dst: Path, to: str, force: bool) -> None:
 def _whole_run(weights: Weights, to: str, dst: Path, verify: bool, say: Callable[[str], None]) -> None:
     """A checkpoint that a run goes on from, optimizer and all, in the layout of another backend."""
     layout, spec = _target(weights.spec, to), weights.spec
-    describe(weights, layout, weights.ours, spec, dst, say)
+    describe(weights, layout, weights.ours, spec, f"{dst}: {to} layout ({layout.text})", say)
     payload = training.translate(weights.training, layout.from_fcmae if to != "fcmae" else weights.layout.to_fcmae)
     run = partial(outputs, to, payload["model"], spec)
     say(_check(weights, spec, None, run, spec.image_size) if verify else UNVERIFIED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 
@@ -15,18 +14,15 @@ LICENCE = "the authors' published ConvNeXt V2 weights are under CC BY-NC 4.0: no
 
 
 def describe(
-    weights: Weights, layout: Layout, state: dict[str, Tensor], spec: Spec, dst: Path, say: Callable[[str], None]
+    weights: Weights, layout: Layout, state: dict[str, Tensor], spec: Spec, target: str, say: Callable[[str], None]
 ) -> None:
-    """`say` the lines. state: what goes into the target, in this toolkit's layout."""
+    """`say` the lines. state: what goes into the target, in this toolkit's layout. target: what that is, in words."""
     source = weights.layout
     say(f"source    {weights.path}: {source.name} layout ({source.text}), {len(weights.state)} tensors, {weights.spec}")
     if source.name in ("official", "dense") or (source.name == "minkowski" and not weights.spec.decoder):
         say(f"licence   {LICENCE}")
     parameters = sum(x.numel() for x in state.values())
-    say(
-        f"target    {dst}: {layout.name} layout ({layout.text}), {len(state)} tensors, {parameters:,} parameters, "
-        f"{spec}"
-    )
+    say(f"target    {target}, {len(state)} tensors, {parameters:,} parameters, {spec}")
     theirs = {source.names.ours(key) or key: key for key in weights.state}
     made = layout.from_fcmae(state)
     names = dict(zip(state, made, strict=True))

@@ -55,7 +55,7 @@ def _is_row(key: str) -> bool:
 
 LAYOUT = Layout(
     "minkowski",
-    "MinkowskiEngine's, of this toolkit's backend; the authors' where there is no decoder",
+    "MinkowskiEngine's encoder",
     Names(ENCODER | {key: key for key in (*DECODER, *DECODER_BLOCKS, *HEAD)}),
     marks=("encoder.downsample_layers.1.1.kernel",),
     ours=densified,
