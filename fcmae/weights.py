@@ -16,15 +16,18 @@ from torch import Tensor
 
 from fcmae.errors import UsageError
 from fcmae.layouts import FAMILIES, Layout
-from fcmae.layouts.spec import Spec, read_spec
+from fcmae.layouts.spec import Spec, Told, read_spec
 
 # Under which names training scripts keep the weights among other things; the averaged ones with `ema`.
 ENTRIES = ("model", "state_dict", "module")
 EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema")
 # What wrappers put before every name, and transformers before an encoder's.
-PREFIXES = ("module.", "_orig_mod.", "convnextv2.")
-# Of no meaning to a model here: transformers' backbones normalize feature maps by these, which nothing pretrains.
-IGNORED = ("hidden_states_norms.",)
+PREFIXES = ("module.", "_orig_mod.", "convnextv2.", "vit.")
+# Of no meaning to a model here: transformers' backbones normalize feature maps by the first, which nothing pretrains,
+# and its `ViTModel` puts the second behind the class token, which no classifier uses.
+IGNORED = ("hidden_states_norms.", "pooler.")
+# Weights in a folder that transformers' `save_pretrained` wrote.
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Weights:
     """Weights as they were found and as this toolkit names them.
 
     state: in their layout. ours: in this toolkit's. training: the whole checkpoint, where it is one that a run can go
-    on from. ignored: keys left out.
+    on from. ignored: keys left out. told: what the file or its user says besides of a ViT.
     """
 
     path: Path
@@ -42,6 +45,7 @@ class Weights:
     spec: Spec
     training: dict | None
     ignored: tuple[str, ...]
+    told: Told = Told()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -49,14 +53,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     path: a run folder of this toolkit or one of its checkpoints, a file of the authors' pretraining or dense model,
     timm's or transformers' weights (a file, or the folder that `save_pretrained` wrote); torch files or safetensors. A
-    file without a decoder gives the encoder alone (`encoder.*`), one of a fine-tuned model the classifier besides
-    (`norm.*`, `head.*`). Raises UsageError for a file that is damaged, of an unknown layout, or not whole.
+    file without a decoder gives the encoder alone, one of a fine-tuned model the classifier besides (`norm.*` of a
+    ConvNet, `head.*`, of a ViT that averages its tokens `fc_norm.*`). Raises UsageError for a file that is damaged, of
+    an unknown layout, or not whole.
     """
     return read_weights(path).ours
 
 
-def read_weights(path: str | Path, ema: bool = False) -> Weights:
-    """The same with what there is to know about it. ema: take the file's averaged weights."""
+def read_weights(path: str | Path, ema: bool = False, told: Told | None = None) -> Weights:
+    """The same with what there is to know about it. ema: take the file's averaged weights; told: by the user."""
     path = Path(path)
     data = _load(path)
     state = _entry(data, path, ema)
@@ -69,7 +74,12 @@ def read_weights(path: str | Path, ema: bool = False) -> Weights:
     layout = recognise(state, path)
     ours = layout.to_fcmae(state)
     training = data if isinstance(data, dict) and {"format", "optimizer", "model"} <= data.keys() else None
-    return Weights(path, layout, state, ours, read_spec(ours, str(path)), training, ignored)
+    own = FAMILIES[layout.family]["fcmae"]
+    if training is not None and own.recognises(state):  # the authors' MAE has the same keys
+        layout = own
+    of_file = _told_by_run(training) if training is not None else _told_by_folder(path)
+    told = Told(*(given or found for given, found in zip(told or Told(), of_file, strict=True)))
+    return Weights(path, layout, state, ours, read_spec(ours, str(path), told), training, ignored, told)
 
 
 def recognise(state: dict[str, Tensor], where: str | Path) -> Layout:
@@ -140,10 +150,35 @@ def _load(path: Path) -> dict:
         index = json.loads((path / "model.safetensors.index.json").read_text())
         shards = sorted(set(index["weight_map"].values()))
         return {key: x for shard in shards for key, x in load_tensors(path / Path(shard).name).items()}
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in FOLDER_FILES:
         if (path / name).is_file():
             return load_tensors(path / name)
     raise UsageError(f"{path} is a folder without checkpoints/, model.safetensors or pytorch_model.bin; name a file")
+
+
+def _told_by_run(checkpoint: dict) -> Told:
+    """From the configuration in a checkpoint of a run."""
+    model = (checkpoint.get("config") or {}).get("model") or {}
+    return Told(model.get("heads"), model.get("decoder_heads"), _pair(model.get("image_size")))
+
+
+def _told_by_folder(path: Path) -> Told:
+    """From the `config.json` of transformers beside its weights."""
+    folder = path if path.is_dir() else path.parent
+    file = folder / "config.json"
+    if not file.is_file() or (path.is_file() and path.name not in FOLDER_FILES):
+        return Told()
+    try:
+        found = json.loads(file.read_text())
+        heads = found.get("num_attention_heads"), found.get("decoder_num_attention_heads")
+        return Told(*heads, _pair(found.get("image_size")))
+    except (ValueError, AttributeError, OSError) as error:
+        raise UsageError(f"{file} is not what transformers writes: {error}") from None
+
+
+def _pair(size: int | list[int] | None) -> tuple[int, int] | None:
+    """An image size as (H, W), of a ConvNet's, which takes any, too."""
+    return (size, size) if isinstance(size, int) else tuple(size) if size else None
 
 
 def _entry(data: dict, path: Path, ema: bool) -> dict:
