@@ -97,6 +97,8 @@ def convert(
     """
     check_target(dst, to, force)
     weights = read_weights(src, ema, Told(heads, decoder_heads))
+    if not isinstance(weights.spec, VitSpec) and (heads, decoder_heads) != (None, None):
+        raise UsageError(f"--heads and --decoder-heads are of a ViT; {src} holds a {weights.spec.title}")
     weights, size = with_size(weights, pair(image_size))
     state, spec, channels = weights.ours, weights.spec, None
     moves = isinstance(spec, VitSpec) and size != spec.image_size

@@ -78,7 +78,7 @@ def read_weights(path: str | Path, ema: bool = False, told: Told | None = None) 
     if training is not None and own.recognises(state):  # the authors' MAE has the same keys
         layout = own
     of_file = _told_by_run(training) if training is not None else _told_by_folder(path)
-    told = Told(*(given or found for given, found in zip(told or Told(), of_file, strict=True)))
+    told = _agreed(told or Told(), of_file, path)
     return Weights(path, layout, state, ours, read_spec(ours, str(path), told), training, ignored, told)
 
 
@@ -154,6 +154,14 @@ def _load(path: Path) -> dict:
         if (path / name).is_file():
             return load_tensors(path / name)
     raise UsageError(f"{path} is a folder without checkpoints/, model.safetensors or pytorch_model.bin; name a file")
+
+
+def _agreed(given: Told, found: Told, path: Path) -> Told:
+    """What the user says, or else the file. Raises UsageError where they differ."""
+    for name, one, two in zip(Told._fields, given, found, strict=True):
+        if None not in (one, two) and one != two:
+            raise UsageError(f"{path} says {name.replace('_', ' ')}: {two}, not {one}")
+    return Told(*(two if one is None else one for one, two in zip(given, found, strict=True)))
 
 
 def _told_by_run(checkpoint: dict) -> Told:

@@ -249,7 +249,8 @@ def test_refused_in_one_line(authors, tmp_path, capsys, monkeypatch):
     save_file(
         create_model("fcmae_convnextv2_atto", decoder_dim=8, depths=(1, 1, 1, 1)).state_dict(), "conv.safetensors"
     )
-    convert(authors, tmp_path / "hub", "hf", heads=4)
+    for name in ("hub", "hub4"):
+        convert(authors, tmp_path / name, "hf", heads=4)
     state = load_file("hub/model.safetensors")
     torch.save({k: x for k, x in state.items() if k != "encoder.layer.1.attention.attention.key.weight"}, "q.pth")
     (tmp_path / "hub" / "config.json").write_text('{"image_size": 128, "num_attention_heads": 4}')
@@ -274,7 +275,9 @@ def test_refused_in_one_line(authors, tmp_path, capsys, monkeypatch):
         ("checkpoint-799.pth x.pth --in-chans 4 --with-decoder --to official", "without --with-decoder"),
         ("rectangle.safetensors x.pth --image-size 64", "no tensor tells the sides of the 12 patches"),
         ("rectangle.safetensors x.pt2 --to exported --heads 2", "--image-size H W"),
-        ("conv.safetensors x.pth --heads 2", "no attention heads"),
+        ("conv.safetensors x.pth --heads 2", "holds a ConvNeXt V2"),
+        ("checkpoint-799.pth x.pth --heads 0", "48 does not divide into 0 heads"),
+        ("hub4 x.pth --heads 2", "says heads: 4, not 2"),
     ]:
         assert main(arguments.split()) == 2, arguments
         assert words in (error := one_line(capsys)), error

@@ -112,7 +112,7 @@ def test_positions_resampled_wrongly_are_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_the_sides_of_a_rectangle(tmp_path):
-    """A run tells them, fixed positions show them, of trained ones they are named."""
+    """Fixed positions show them, of trained ones they are named."""
     standing = shake(create_model("mae_vit_tiny_patch16", image_size=(64, 32), decoder_dim=32, decoder_depth=1)).eval()
     torch.save(standing.state_dict(), tmp_path / "fixed.pth")
     trained = small_timm((96, 32))

@@ -99,8 +99,6 @@ class ConvNextSpec(Spec):
     @classmethod
     def read(cls, state: dict[str, Tensor], told: Told) -> ConvNextSpec:
         """From a state dict in this toolkit's layout; KeyError, IndexError or ValueError where that is not possible."""
-        if told.heads or told.decoder_heads:
-            raise ValueError("it has no attention heads to be told of")
         depths = []
         for i in range(4):
             stage = f"encoder.stages.{i}.blocks."
@@ -177,10 +175,11 @@ class VitSpec(Spec):
         if grid[0] * grid[1] != tokens:
             raise ValueError(f"{told.size[0]}x{told.size[1]} pixels are not its {tokens} patches of {patch_size}")
         known = told.size or grid[0] == grid[1] or fixed_grid(state["pos_embed"])
-        heads = told.heads or {size[1]: size[3] for size in VIT_SIZES.values()}.get(dim)
-        decoder_heads = told.decoder_heads or {512: 16}.get(width)
+        published = {size[1]: size[3] for size in VIT_SIZES.values()}
+        heads = published.get(dim) if told.heads is None else told.heads
+        decoder_heads = {512: 16}.get(width) if told.decoder_heads is None else told.decoder_heads
         for name, of, number in (("heads", dim, heads), ("decoder heads", width, decoder_heads)):
-            if number and of and (number < 1 or of % number):
+            if None not in (of, number) and (number < 1 or of % number):
                 raise ValueError(f"a width of {of} does not divide into {number} {name}")
         return cls(
             in_chans=in_chans,
