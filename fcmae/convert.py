@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from torch import Tensor
 from fcmae.errors import UsageError
 from fcmae.export import BATCHES, GRAPHS, run_hf, to_hf
 from fcmae.files import aside, write_whole
-from fcmae.layouts import FAMILIES, LAYOUTS, Layout, timm, training
+from fcmae.layouts import FAMILIES, LAYOUTS, VIT_LAYOUTS, Layout, timm, training
 from fcmae.layouts import stem as stems
-from fcmae.layouts.running import Outputs, outputs
-from fcmae.layouts.spec import Spec, read_spec
-from fcmae.masking import grid_size
+from fcmae.layouts.running import Outputs, moved_by_timm, outputs
+from fcmae.layouts.spec import Spec, Told, VitSpec, read_spec
 from fcmae.report import describe
+from fcmae.resizing import moved, pair, with_size
 from fcmae.weights import Weights, read_checkpoint, read_weights
 
 __all__ = ["convert", "main", "read_checkpoint"]
@@ -35,6 +36,7 @@ SUFFIXES = {"onnx": (".onnx",), "exported": (".pt2",)}
 HF_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", ".gitattributes", "README.md"}
 TENSOR_FILES = (".safetensors", ".pt", ".pth")
 TOLERANCE = 1e-5  # of the largest magnitude, between source and result
+UNTENSORED = ("hf", *GRAPHS)  # these hold more of a model than its tensors
 UNVERIFIED = "verified  no: --no-verify"
 
 
@@ -47,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "dst", type=Path, help=f"file to write ({', '.join(TENSOR_FILES)}, .onnx, .pt2), or hf's folder"
     )
-    texts = ", ".join(f"{name}: {layout.text}" for name, layout in LAYOUTS.items())
+    both = [[name, *(family[name].text for family in FAMILIES.values() if name in family)] for name in LAYOUTS]
+    texts = ", ".join(f"{name}: {' or '.join(dict.fromkeys(of))}" for name, *of in both)
     parser.add_argument("--to", choices=TARGETS, default="timm", help=f"layout of DST ({texts}); default timm")
     parser.add_argument("--force", action="store_true", help="write over DST")
     parser.add_argument("--no-verify", action="store_true", help="do not run source and result on random images")
@@ -58,7 +61,12 @@ def main(argv: list[str] | None = None) -> int:
         "--stem", choices=stems.MODES, default="mean", help="how --in-chans makes it: the mean of all kernels, the "
         "kernels in turn, or the first ones (docs/weights.md); default mean"
     )  # fmt: skip
-    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="of hf, onnx, exported; default 224")
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", metavar="PX", help="one number or height and width: of hf, onnx, exported "
+        "(default 224); of a ViT in any layout, its positions resampled (default as they are)"
+    )  # fmt: skip
+    parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT whose file does not tell")
+    parser.add_argument("--decoder-heads", type=int, metavar="N", help="and of its decoder")
     given = parser.parse_args(argv)
     options = {key: value for key, value in vars(given).items() if key not in ("src", "dst", "to", "no_verify")}
     try:
@@ -80,7 +88,9 @@ def convert(
     ema: bool = False,
     in_chans: int | None = None,
     stem: str = "mean",
-    image_size: int = 224,
+    image_size: int | Sequence[int] | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Convert as the command does; `say` gets the lines of its report, the last one when DST is written.
@@ -89,12 +99,15 @@ def convert(
     it was.
     """
     check_target(dst, to, force)
-    weights = read_weights(src, ema)
+    weights = read_weights(src, ema, Told(heads, decoder_heads))
+    if not isinstance(weights.spec, VitSpec) and (heads, decoder_heads) != (None, None):
+        raise UsageError(f"--heads and --decoder-heads are of a ViT; {src} holds a {weights.spec.title}")
+    weights, size = with_size(weights, pair(image_size))
     state, spec, channels = weights.ours, weights.spec, None
-    grid_size((image_size, image_size), 32)
     in_chans = None if in_chans == spec.in_chans else in_chans
+    moves = isinstance(spec, VitSpec) and size != spec.image_size
     of_a_run = weights.training is not None and to in ("fcmae", "minkowski") and dst.suffix in (".pt", ".pth")
-    if of_a_run and in_chans is None and not ema:
+    if of_a_run and in_chans is None and not ema and not moves:
         return _whole_run(weights, to, dst, verify, say)
     if in_chans is not None:
         if with_decoder or in_chans < 1:
@@ -104,17 +117,23 @@ def convert(
     state = _parts(state, spec, layout, with_decoder)
     if layout.ends_in_norm:
         state = timm.with_norm(state)
-    spec = read_spec(state, "the result")
+    source = partial(outputs, weights.layout.name, weights.state, weights.spec)
+    if moves:
+        state = moved(state, spec, size, with_decoder)
+    spec = read_spec(state, "the result", weights.told._replace(size=size) if moves else weights.told)
+    if to in UNTENSORED and spec.untold:
+        raise UsageError(f"--to {to} needs to know of this ViT what no tensor tells: {', '.join(spec.untold)}")
     kind = f"{to}, of timm's model" if to in GRAPHS else f"{to} layout ({layout.text})"
     describe(weights, layout, state, spec, f"{dst}: {kind}", say)
+    if moves and verify:
+        source = _by_timm(weights, source, size, say)
     made = {key: x.contiguous() for key, x in layout.from_fcmae(state).items()}
-    check = partial(_check, weights, spec, channels) if verify else None
+    check = partial(_check, source, spec, channels) if verify else None
     if to in GRAPHS:
-        size = (image_size, image_size) if spec.family == "convnext" else spec.image_size
         _graph(to, made, spec, dst, size, check, say)
     elif to == "hf":
         with aside(dst) as folder:
-            _written(to_hf, made, spec, folder, image_size)
+            _written(to_hf, made, spec, folder, size)
             say(check(partial(run_hf, folder, spec), spec.image_size) if check else UNVERIFIED)
     else:
         say(check(partial(outputs, to, made, spec), spec.image_size) if check else UNVERIFIED)
@@ -146,7 +165,8 @@ def _whole_run(weights: Weights, to: str, dst: Path, verify: bool, say: Callable
     describe(weights, layout, weights.ours, spec, f"{dst}: {to} layout ({layout.text})", say)
     payload = training.translate(weights.training, layout.from_fcmae if to != "fcmae" else weights.layout.to_fcmae)
     run = partial(outputs, to, payload["model"], spec)
-    say(_check(weights, spec, None, run, spec.image_size) if verify else UNVERIFIED)
+    source = partial(outputs, weights.layout.name, weights.state, spec)
+    say(_check(source, spec, None, run, spec.image_size) if verify else UNVERIFIED)
     _write_tensors(dst, payload)
     say(f"written   {dst}, with the state of the optimizer: a run goes on from it with resume={dst}")
 
@@ -158,6 +178,12 @@ def _target(spec: Spec, to: str) -> Layout:
         return layouts["timm"]
     if to not in layouts:
         raise UsageError(f"--to {to} cannot hold a {spec.name or spec.title}; {', '.join(layouts)} can")
+    if not spec.demands <= layouts[to].holds:
+        able = [name for name, layout in layouts.items() if spec.demands <= layout.holds]
+        raise UsageError(
+            f"--to {to} cannot hold a ViT whose last norm follows the mean of its tokens (fc_norm); "
+            f"{', '.join(able)} can"
+        )
     return layouts[to]
 
 
@@ -171,6 +197,15 @@ def _parts(state: dict[str, Tensor], spec: Spec, layout: Layout, with_decoder: b
     return {key: x for key, x in state.items() if spec.part(key) in kept}
 
 
+def _by_timm(weights: Weights, source: Callable, size: tuple[int, int], say: Callable) -> Callable[[Tensor], Outputs]:
+    """The source at another size: timm's model of it, which gives what the source does, resampled by timm itself."""
+    spec = weights.spec
+    state = _parts(weights.ours, spec, VIT_LAYOUTS["timm"], False)
+    own = partial(outputs, "timm", VIT_LAYOUTS["timm"].from_fcmae(state), replace(spec, decoder=None))
+    say(_check(source, spec, None, own, spec.image_size))
+    return moved_by_timm(state, replace(spec, decoder=None), size)
+
+
 def _with_stem(state: dict[str, Tensor], spec: Spec, target: int, mode: str) -> tuple[dict[str, Tensor], Tensor]:
     channels = stems.channel_map(mode, spec.in_chans, target)
     state = {key: x for key, x in state.items() if spec.part(key) != "decoder"}
@@ -178,17 +213,17 @@ def _with_stem(state: dict[str, Tensor], spec: Spec, target: int, mode: str) -> 
 
 
 def _check(
-    weights: Weights, spec: Spec, channels: Tensor | None, run: Callable[[Tensor], Outputs], size: tuple[int, int],
-    batch: int = 2, tolerance: float = TOLERANCE,
+    source: Callable[[Tensor], Outputs], spec: Spec, channels: Tensor | None, run: Callable[[Tensor], Outputs],
+    size: tuple[int, int], batch: int = 2, tolerance: float = TOLERANCE,
 ) -> str:  # fmt: skip
-    """Run the source and `run` on the same random images; a line that says how far apart they are.
+    """Run `source` and `run` on the same random images; a line that says how far apart they are.
 
     channels: the `channel_map` of a changed stem, through which the source sees what the result sees.
     Raises UsageError where they differ by more than `tolerance` of the largest magnitude.
     """
     images = torch.randn(batch, spec.in_chans, *size, generator=torch.Generator().manual_seed(0))
     seen = images if channels is None else torch.einsum("bthw,ts->bshw", images, channels.float())
-    expected, found = outputs(weights.layout.name, weights.state, weights.spec, seen), run(images)
+    expected, found = source(seen), run(images)
     worst = 0.0
     compared = [name for name in found if name in expected]
     for name in compared:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fcmae.errors import UsageError
-from fcmae.layouts.running import Outputs, hf_model, timm_model
-from fcmae.layouts.spec import Spec
+from fcmae.layouts import hf_models
+from fcmae.layouts.hf_models import Outputs
+from fcmae.layouts.running import timm_model
+from fcmae.layouts.spec import ConvNextSpec, Spec
+from fcmae.weights import FOLDER_FILES
 
 BATCHES = (1, 3)  # with which a graph of dynamic batch is tried
 ONE_FILE_GIB = 1.5  # beyond it torch's exporter puts weights into a second file, whose name the first one holds
@@ -31,19 +34,21 @@ class Dense(nn.Module):
         return self.model(images) if self.classifies else self.model.forward_features(images)
 
 
-def to_hf(state: dict[str, Tensor], spec: Spec, folder: Path, image_size: int) -> None:
-    """Write the folder that `ConvNextV2Model`, `ConvNextV2ForImageClassification` and `AutoBackbone` load.
+def to_hf(state: dict[str, Tensor], spec: Spec, folder: Path, size: tuple[int, int]) -> None:
+    """Write the folder that the classes of `hf_models.classes` load, and ConvNets' `AutoBackbone`.
 
     state: in the `hf` layout. The norms that a backbone puts on its feature maps are added as what they begin as.
     """
-    model = hf_model(spec, state)
-    model.config.image_size = image_size
-    whole = model.state_dict()
-    for i, width in enumerate(spec.dims, 1):
-        prefix = f"{'convnextv2.' if spec.classes else ''}hidden_states_norms.stage{i}"
-        whole |= {f"{prefix}.weight": torch.ones(width), f"{prefix}.bias": torch.zeros(width)}
-    with _quiet():
-        model.save_pretrained(folder, state_dict=whole)
+    config = hf_models.config_of(spec)
+    config.image_size = size[0] if size[0] == size[1] else list(size)
+    if isinstance(spec, ConvNextSpec):
+        for i, width in enumerate(spec.dims, 1):
+            norm = f"hidden_states_norms.stage{i}"
+            state = state | {f"{norm}.weight": torch.ones(width), f"{norm}.bias": torch.zeros(width)}
+    # Not by `save_pretrained`, which in transformers 5 names a ViTMAE's decoder as transformers 4 does not.
+    config.save_pretrained(folder)
+    tensors = {key: x.contiguous() for key, x in hf_models.file_keys(state, spec).items()}
+    save_file(tensors, folder / FOLDER_FILES[0], metadata={"format": "pt"})
 
 
 def to_onnx(state: dict[str, Tensor], spec: Spec, path: Path, size: tuple[int, int]) -> None:
@@ -87,38 +92,11 @@ def run_exported(path: Path, images: Tensor) -> Tensor:
 
 
 def run_hf(folder: Path, spec: Spec, images: Tensor) -> Outputs:
-    """The outputs of a transformers folder, loaded as its users do. Raises UsageError if it lacks a key."""
-    from transformers import ConvNextV2ForImageClassification, ConvNextV2Model
-
+    """The outputs of a transformers folder, loaded by every class for it. Raises UsageError if one lacks a key."""
     made: Outputs = {}
-    for cls in (ConvNextV2Model, *([ConvNextV2ForImageClassification] if spec.classes else [])):
-        with _quiet():
-            model, info = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-        if info["missing_keys"]:
-            raise UsageError(f"{folder}: transformers misses {', '.join(info['missing_keys'])}")
-        with torch.no_grad():
-            found = model.eval()(images)
-        if cls is ConvNextV2Model:
-            made |= {"features": found.last_hidden_state, "pooled": found.pooler_output}
-        else:
-            made |= {"logits": found.logits}
+    for name in reversed(hf_models.classes(spec)):
+        made |= hf_models.outputs_of(hf_models.load(name, folder), spec, images)
     return made
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its progress bars, and without its report of keys, which is checked here."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _need(package: str) -> None:

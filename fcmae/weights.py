@@ -15,16 +15,19 @@ from torch import Tensor
 
 from fcmae.errors import UsageError
 from fcmae.layouts import FAMILIES, Layout
-from fcmae.layouts.spec import Spec, read_spec
+from fcmae.layouts.spec import Spec, Told, read_spec
 
 # Under which names training scripts keep the weights among other things; the averaged ones with `ema`.
 ENTRIES = ("model", "state_dict", "module")
 EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema")
 WRAPPERS = ("module.", "_orig_mod.")  # what torch's wrappers put before every name
-INNER = "convnextv2."  # what transformers' classifiers put before an encoder's
+INNER = ("convnextv2.", "vit.")  # what transformers' classifiers put before an encoder's
 CHECKPOINT = "fcmae-checkpoint-2"  # the format of a run's checkpoints
-# Of no meaning to a model here: transformers' backbones normalize feature maps by these, which nothing pretrains.
-IGNORED = ("hidden_states_norms.",)
+# Of no meaning to a model here: transformers' backbones normalize feature maps by the first, which nothing pretrains,
+# and its `ViTModel` puts the second behind the class token, which no classifier uses.
+IGNORED = ("hidden_states_norms.", "pooler.")
+# Weights in a folder that transformers' `save_pretrained` wrote.
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Weights:
     """Weights as they were found and as this toolkit names them.
 
     state: in their layout. ours: in this toolkit's. training: the whole checkpoint, where it is one that a run can go
-    on from. ignored: keys left out.
+    on from. ignored: keys left out. told: what the file or its user says besides of a ViT.
     """
 
     path: Path
@@ -42,6 +45,7 @@ class Weights:
     spec: Spec
     training: dict | None
     ignored: tuple[str, ...]
+    told: Told = Told()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -49,14 +53,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     path: a run folder of this toolkit or one of its checkpoints, a file of the authors' pretraining or dense model,
     timm's or transformers' weights (a file, or the folder that `save_pretrained` wrote); torch files or safetensors. A
-    file without a decoder gives the encoder alone (`encoder.*`), one of a fine-tuned model the classifier besides
-    (`norm.*`, `head.*`). Raises UsageError for a file that is damaged, of an unknown layout, or not whole.
+    file without a decoder gives the encoder alone, one of a fine-tuned model the classifier besides (`norm.*` of a
+    ConvNet, `head.*`, of a ViT that averages its tokens `fc_norm.*`). Raises UsageError for a file that is damaged, of
+    an unknown layout, or not whole.
     """
     return read_weights(path).ours
 
 
-def read_weights(path: str | Path, ema: bool = False) -> Weights:
-    """The same with what there is to know about it. ema: take the file's averaged weights."""
+def read_weights(path: str | Path, ema: bool = False, told: Told | None = None) -> Weights:
+    """The same with what there is to know about it. ema: take the file's averaged weights; told: by the user."""
     path = Path(path)
     data = _load(path)
     state = _entry(data, path, ema)
@@ -64,16 +69,22 @@ def read_weights(path: str | Path, ema: bool = False) -> Weights:
         raise UsageError(f"{path} holds no state dict of tensors")
     while wrapper := next((w for w in WRAPPERS if all(key.startswith(w) for key in state)), None):
         state = {key.removeprefix(wrapper): x for key, x in state.items()}
-    bare = {key.removeprefix(INNER): x for key, x in state.items()}
-    if len(bare) < len(state):
-        raise UsageError(f"{path} has keys that differ in {INNER!r} alone: it is not told which are meant")
-    state = bare
+    for inner in INNER:
+        bare = {key.removeprefix(inner): x for key, x in state.items()}
+        if len(bare) < len(state):
+            raise UsageError(f"{path} has keys that differ in {inner!r} alone: it is not told which are meant")
+        state = bare
     ignored = tuple(key for key in state if key.startswith(IGNORED))
     state = {key: x for key, x in state.items() if key not in ignored}
     layout = recognise(state, path)
     ours = layout.to_fcmae(state)
     training = data if data.get("format") == CHECKPOINT else None
-    return Weights(path, layout, state, ours, read_spec(ours, str(path)), training, ignored)
+    own = FAMILIES[layout.family]["fcmae"]
+    if training is not None and own.recognises(state):  # the authors' MAE has the same keys
+        layout = own
+    of_file = _told_by_run(training) if training is not None else _told_by_folder(path)
+    told = _agreed(told or Told(), of_file, path)
+    return Weights(path, layout, state, ours, read_spec(ours, str(path), told), training, ignored, told)
 
 
 def recognise(state: dict[str, Tensor], where: str | Path) -> Layout:
@@ -138,7 +149,7 @@ def _load(path: Path) -> dict:
         if newest is None:
             raise UsageError(f"{path} is a run without a checkpoint yet")
         return load_tensors(newest)
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in FOLDER_FILES:
         if (path / name).is_file():
             return _load_file(path / name)
         if (path / f"{name}.index.json").is_file():
@@ -159,6 +170,39 @@ def _shards(index: Path) -> list[Path]:
         return [index.parent / Path(name).name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{index} is no index of weights: {error}") from None
+
+
+def _agreed(given: Told, found: Told, path: Path) -> Told:
+    """What the user says, or else the file. Raises UsageError where they differ."""
+    for name, one, two in zip(Told._fields, given, found, strict=True):
+        if None not in (one, two) and one != two:
+            raise UsageError(f"{path} says {name.replace('_', ' ')}: {two}, not {one}")
+    return Told(*(two if one is None else one for one, two in zip(given, found, strict=True)))
+
+
+def _told_by_run(checkpoint: dict) -> Told:
+    """From the configuration in a checkpoint of a run."""
+    model = (checkpoint.get("config") or {}).get("model") or {}
+    return Told(model.get("heads"), model.get("decoder_heads"), _pair(model.get("image_size")))
+
+
+def _told_by_folder(path: Path) -> Told:
+    """From the `config.json` of transformers beside its weights."""
+    folder = path if path.is_dir() else path.parent
+    file = folder / "config.json"
+    if not file.is_file() or (path.is_file() and path.name not in FOLDER_FILES):
+        return Told()
+    try:
+        found = json.loads(file.read_text())
+        heads = found.get("num_attention_heads"), found.get("decoder_num_attention_heads")
+        return Told(*heads, _pair(found.get("image_size")))
+    except (ValueError, AttributeError, OSError) as error:
+        raise UsageError(f"{file} is not what transformers writes: {error}") from None
+
+
+def _pair(size: int | list[int] | None) -> tuple[int, int] | None:
+    """An image size as (H, W), of a ConvNet's, which takes any, too."""
+    return (size, size) if isinstance(size, int) else tuple(size) if size else None
 
 
 def _entry(data: dict, path: Path, ema: bool) -> dict:

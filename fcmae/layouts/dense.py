@@ -7,6 +7,8 @@ from torch import Tensor
 from fcmae.layouts.layout import Layout
 from fcmae.layouts.names import Names
 
+LICENCE = "the authors' published ConvNeXt V2 weights are under CC BY-NC 4.0: not for commercial use"
+
 NAMES = Names(
     {
         "encoder.stem.{i}.{p}": "downsample_layers.0.{i}.{p}",
@@ -39,4 +41,5 @@ LAYOUT = Layout(
     ours=_ours,
     theirs=_theirs,
     holds=frozenset({"head"}),
+    licence=LICENCE,
 )

@@ -24,8 +24,9 @@ class Layout:
 
     name: as `--to` takes it. text: whose it is. names: our keys and theirs; ours(their key, tensor) and
     theirs(their key, tensor) give the other side's shape, permuting elements at most. marks: keys that, together, only
-    this layout has. holds: which parts it has a place for besides the encoder: "decoder", "head". family: "convnext" or
-    "vit". ends_in_norm: its models have a norm after the encoder, classifier or not.
+    this layout has. holds: which parts it has a place for besides the encoder: "decoder", "head", and "average", a
+    ViT's head on the mean of its tokens. family: "convnext" or "vit". ends_in_norm: its models have a norm after the
+    encoder, classifier or not. licence: what to say of published weights that come in it.
     """
 
     name: str
@@ -37,10 +38,19 @@ class Layout:
     holds: frozenset[str] = frozenset()
     family: str = "convnext"
     ends_in_norm: bool = False
+    licence: str = ""
 
     def recognises(self, state: State) -> bool:
         """Whether the keys are this layout's."""
         return all(mark in state for mark in self.marks)
+
+    def whole(self, key: str) -> str:
+        """Our key that one of theirs is, or is a part of; the same where the layout does not know it."""
+        return self.names.ours(key) or key
+
+    def parts(self, key: str) -> tuple[str, ...]:
+        """Their keys that one of ours is made of, several where they keep it in parts; the same where unknown."""
+        return (self.names.theirs(key) or key,)
 
     def to_fcmae(self, state: State) -> State:
         """The same values under this toolkit's names and shapes; keys that the layout does not know stay.

@@ -24,20 +24,29 @@ DECODER = (
     "decoder_norm.{p}",
     "decoder_pred.{p}",
 )
-HEAD = ("head.{p}",)
+# A classifier on the class token, or with `fc_norm` in the place of `norm` on the mean of the patches' tokens.
+HEAD = ("head.{p}", "fc_norm.{p}")
+
+_WHOLE, _VIT = ("cls_token", "decoder_embed.weight"), ("cls_token", "patch_embed.proj.weight", "pos_embed")
+_TERMS = "under CC BY-NC 4.0: not for commercial use"
 
 
-def _layout(name: str, text: str, keys: tuple[str, ...], holds: set[str], marks: tuple[str, ...]) -> Layout:
-    return Layout(name, text, Names({key: key for key in keys}), marks=marks, holds=frozenset(holds), family="vit")
+def _layout(name: str, text: str, keys: tuple[str, ...], holds: set[str], marks: tuple[str, ...], licence="") -> Layout:
+    names = Names({key: key for key in keys})
+    return Layout(name, text, names, marks=marks, holds=frozenset(holds), family="vit", licence=licence)
 
 
-FCMAE = _layout(
-    "fcmae", "this toolkit", (*ENCODER, *DECODER, *HEAD), {"decoder", "head"}, ("cls_token", "decoder_embed.weight")
-)
-OFFICIAL = _layout("official", "the authors' MAE pretraining", (*ENCODER, *DECODER), {"decoder"}, FCMAE.marks)
-TIMM = _layout("timm", "timm's ViT", (*ENCODER, *HEAD), {"head"}, ("cls_token", "patch_embed.proj.weight", "pos_embed"))
+FCMAE = _layout("fcmae", "this toolkit", (*ENCODER, *DECODER, *HEAD), {"decoder", "head", "average"}, _WHOLE)
+OFFICIAL = _layout(
+    "official", "the authors' MAE pretraining", (*ENCODER, *DECODER), {"decoder"}, _WHOLE,
+    f"the authors' published MAE weights are {_TERMS}",
+)  # fmt: skip
+TIMM = _layout(
+    "timm", "timm's ViT", (*ENCODER, *HEAD), {"head", "average"}, _VIT,
+    f"the authors' published MAE encoders and fine-tuned models, which have this layout too, are {_TERMS}",
+)  # fmt: skip
 
 
 def encoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's part of a state dict, under timm's names as it is."""
-    return {key: x for key, x in state.items() if TIMM.names.theirs(key) and not key.startswith("head.")}
+    return {key: x for key, x in state.items() if TIMM.names.theirs(key) and not key.startswith(("head.", "fc_norm."))}

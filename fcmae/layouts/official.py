@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fcmae.layouts.dense import LICENCE
 from fcmae.layouts.fcmae import DECODER
 from fcmae.layouts.layout import Layout
 from fcmae.layouts.minkowski import ENCODER, densified, sparsified
@@ -54,4 +55,5 @@ LAYOUT = OfficialLayout(
     ours=_ours,
     theirs=_theirs,
     holds=frozenset({"decoder"}),
+    licence=LICENCE,
 )

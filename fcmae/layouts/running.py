@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.errors import UsageError
-from fcmae.layouts import FAMILIES, LAYOUTS
+from fcmae.layouts import FAMILIES, LAYOUTS, VIT_LAYOUTS, hf_models
+from fcmae.layouts.hf_models import RATIO, Outputs, hidden
 from fcmae.layouts.spec import ConvNextSpec, Spec, VitSpec
 from fcmae.layouts.timm import with_norm
 from fcmae.models.fcmae import FCMAE
 from fcmae.models.mae import MAE
-
-# "features", of ConvNets (B, C, H/32, W/32), of ViTs (B, 1 + patches, D); and where the model has what they need
-# "pooled" (B, D), after the norm; "logits" (B, classes); "prediction" (B, L, p*p*C), of a fixed mask.
-Outputs = dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -35,40 +32,30 @@ def outputs(layout: str, state: dict[str, Tensor], spec: Spec, images: Tensor) -
     return (_mae if isinstance(spec, VitSpec) else _fcmae)(ours, spec, images)
 
 
+def moved_by_timm(ours: dict[str, Tensor], spec: VitSpec, size: tuple[int, int]) -> Callable[[Tensor], Outputs]:
+    """What timm's model makes of images of another size, its positions resampled by itself. ours: without a decoder."""
+    state = {key: x.float() for key, x in VIT_LAYOUTS["timm"].from_fcmae(ours).items()}
+    model = timm_model(spec, state)
+    model.load_state_dict(state, strict=True)
+    model.set_input_size(img_size=size)
+    return torch.no_grad()(partial(_timm_outputs, model, spec))
+
+
 def timm_model(spec: Spec, state: dict[str, Tensor]) -> nn.Module:
     """timm's model that holds a state dict in its layout: the named one, where there is a name."""
     common = {"in_chans": spec.in_chans, "num_classes": spec.classes or 0}
     if isinstance(spec, VitSpec):
-        common["img_size"] = spec.image_size
+        common |= {"img_size": spec.image_size, "num_heads": spec.running_heads}
+        common["global_pool"] = "avg" if spec.fc_norm else "token"
     else:
         common["conv_mlp"] = state["stages.0.blocks.0.mlp.fc1.weight"].ndim == 4  # whoever made it chose
     if spec.name is not None:
         return timm.create_model(spec.name, **common).eval()
     if isinstance(spec, VitSpec):
-        sizes = {"patch_size": spec.patch_size, "embed_dim": spec.dim, "depth": spec.depth, "num_heads": spec.heads}
+        sizes = {"patch_size": spec.patch_size, "embed_dim": spec.dim, "depth": spec.depth}
         return timm.models.VisionTransformer(**sizes, **common).eval()
     sizes = {"depths": spec.depths, "dims": spec.dims, "use_grn": True, "ls_init_value": None}
     return timm.models.convnext.ConvNeXt(**sizes, **common).eval()
-
-
-def hf_model(spec: ConvNextSpec, state: dict[str, Tensor]) -> nn.Module:
-    """transformers' model that holds a state dict in its layout: a classifier where there is one, else the encoder."""
-    try:
-        from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, ConvNextV2Model
-    except ImportError:
-        raise UsageError("transformers is not installed: pip install transformers, or fcmae[hf]") from None
-    # transformers' own final norm has another eps than the authors' and timm's, unless told.
-    sizes = {"num_channels": spec.in_chans, "depths": list(spec.depths), "hidden_sizes": list(spec.dims)}
-    labels = {"num_labels": spec.classes} if spec.classes else {}
-    config = ConvNextV2Config(**sizes, layer_norm_eps=1e-6, **labels)
-    if "layernorm.weight" not in state:  # a backbone's
-        state = LAYOUTS["hf"].from_fcmae(with_norm(LAYOUTS["hf"].to_fcmae(state)))
-    with torch.device("meta"):
-        model = (ConvNextV2ForImageClassification if spec.classes else ConvNextV2Model)(config)
-    inner = "" if spec.classes is None else "convnextv2."
-    own = {key if key.startswith("classifier.") else f"{inner}{key}": x for key, x in state.items()}
-    model.load_state_dict(own, strict=True, assign=True)
-    return model.eval()
 
 
 def _fcmae(state: dict[str, Tensor], spec: ConvNextSpec, images: Tensor) -> Outputs:
@@ -89,37 +76,56 @@ def _fcmae(state: dict[str, Tensor], spec: ConvNextSpec, images: Tensor) -> Outp
     if spec.decoder:
         mask = torch.zeros(images.shape[0], *model.grid(images), dtype=torch.bool)
         mask[:, ::2] = True
-        made["prediction"] = model.predict(images, model.tiles(images, mask))
+        made["predictions"] = model.predict(images, model.tiles(images, mask))
     return made
 
 
 def _mae(state: dict[str, Tensor], spec: VitSpec, images: Tensor) -> Outputs:
+    width, blocks = spec.decoder or (4, 0)
     model = MAE(
-        spec.image_size, spec.in_chans, spec.patch_size, dim=spec.dim, depth=spec.depth, heads=spec.heads,
-        decoder_dim=4, decoder_depth=0, decoder_heads=1,
+        spec.image_size, spec.in_chans, spec.patch_size, dim=spec.dim, depth=spec.depth, heads=spec.running_heads,
+        decoder_dim=width, decoder_depth=blocks, decoder_heads=spec.running_decoder_heads, mask_ratio=RATIO,
     )  # fmt: skip
-    decoder = {key: x for key, x in model.state_dict().items() if spec.part(key) == "decoder"}
-    model.load_state_dict({key: x for key, x in state.items() if spec.part(key) == "encoder"} | decoder, strict=True)
+    own = model.state_dict() if not spec.decoder else {}
+    if spec.fc_norm:
+        model.norm = nn.Identity()
+    decoder = {key: x for key, x in own.items() if spec.part(key) == "decoder"}
+    model.load_state_dict({key: x for key, x in state.items() if spec.part(key) != "head"} | decoder, strict=True)
     tokens = model.eval().encode(images)
-    if spec.classes is None:
-        return {"features": tokens}
-    return {"features": tokens, "logits": F.linear(tokens[:, 0], state["head.weight"], state["head.bias"])}
+    made = {"features": tokens}
+    if spec.decoder:
+        made["predictions"] = model(images, hidden(spec, len(images)))[1]
+    token = tokens[:, 0]
+    if spec.fc_norm:
+        token = F.layer_norm(
+            tokens[:, 1:].mean(1), (spec.dim,), state["fc_norm.weight"], state["fc_norm.bias"], eps=1e-6
+        )
+        made["pooled"] = token
+    if spec.classes:
+        made["logits"] = F.linear(token, state["head.weight"], state["head.bias"])
+    return made
 
 
 def _timm(state: dict[str, Tensor], spec: Spec, images: Tensor) -> Outputs:
     model = timm_model(spec, state)
     model.load_state_dict(state, strict=True)
+    return _timm_outputs(model, spec, images)
+
+
+def _timm_outputs(model: nn.Module, spec: Spec, images: Tensor) -> Outputs:
     features = model.forward_features(images)
-    made = {"features": features, "pooled": model.forward_head(features, pre_logits=True)}
+    made = {"features": features}
+    if isinstance(spec, ConvNextSpec) or spec.fc_norm:
+        made["pooled"] = model.forward_head(features, pre_logits=True)
     return made | ({"logits": model.forward_head(features)} if spec.classes else {})
 
 
 def _hf(state: dict[str, Tensor], spec: Spec, images: Tensor) -> Outputs:
-    model = hf_model(spec, state)
-    base = model.convnextv2 if spec.classes else model
-    found = base(images)
-    made = {"features": found.last_hidden_state, "pooled": found.pooler_output}
-    return made | ({"logits": model(images).logits} if spec.classes else {})
+    if isinstance(spec, ConvNextSpec) and "layernorm.weight" not in state:  # a backbone's
+        state = LAYOUTS["hf"].from_fcmae(with_norm(LAYOUTS["hf"].to_fcmae(state)))
+    config, state = hf_models.config_of(spec), hf_models.file_keys(state, spec)
+    model = hf_models.load(config.architectures[0], None, config=config, state_dict=state)
+    return hf_models.outputs_of(model, spec, images)
 
 
 RUNNERS: dict[str, Callable[[dict[str, Tensor], Spec, Tensor], Outputs]] = {"timm": _timm, "hf": _hf}

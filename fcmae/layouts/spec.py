@@ -5,15 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fcmae.errors import UsageError
+from fcmae.layouts.positions import fixed_grid, grid_of, squarest
 from fcmae.models import CONVNEXTV2_SIZES, VIT_SIZES
 from fcmae.models.fcmae import FCMAE
 from fcmae.models.mae import MAE
+
+
+class Told(NamedTuple):
+    """What no tensor's shape tells of a ViT, where its file or its user does: attention heads, pixels (H, W)."""
+
+    heads: int | None = None
+    decoder_heads: int | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +47,7 @@ class Spec(ABC):
     @property
     @abstractmethod
     def encoder(self) -> tuple:
-        """The encoder's sizes: equal ones have the same tensors."""
+        """The encoder's sizes: equal ones have the same tensors, but for the positions of another image size."""
 
     @property
     @abstractmethod
@@ -48,6 +57,16 @@ class Spec(ABC):
     @abstractmethod
     def shapes(self) -> dict[str, torch.Size]:
         """Every key that a whole state dict of this model has, with its shape."""
+
+    @property
+    def demands(self) -> frozenset[str]:
+        """What a layout must hold, as `Layout.holds` says it, or the encoder alone would not be whole."""
+        return frozenset()
+
+    @property
+    def untold(self) -> list[str]:
+        """The options that would tell what a file of more than tensors needs to know, and nobody does."""
+        return []
 
     def part(self, key: str) -> str:
         """Where a key belongs: "encoder", "decoder" or "head"."""
@@ -79,7 +98,7 @@ class ConvNextSpec(Spec):
     image_size = (64, 96)
 
     @classmethod
-    def read(cls, state: dict[str, Tensor]) -> ConvNextSpec:
+    def read(cls, state: dict[str, Tensor], told: Told) -> ConvNextSpec:
         """From a state dict in this toolkit's layout; KeyError, IndexError or ValueError where that is not possible."""
         depths = []
         for i in range(4):
@@ -125,82 +144,123 @@ class ConvNextSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class VitSpec(Spec):
-    """ViT. tokens: patches of the images its positions are for."""
+    """ViT. tokens: patches of the images its positions are for. fc_norm: whether its last norm follows the mean of the
+    patches' tokens, instead of being the encoder's. heads, decoder_heads, size: as `Told`, None where nobody knows."""
 
     patch_size: int
     tokens: int
     dim: int
     depth: int
+    fc_norm: bool = False
+    heads: int | None = None
+    decoder_heads: int | None = None
+    size: tuple[int, int] | None = None
 
     family, title = "vit", "ViT"
     stem = "patch_embed.proj.weight"
     decoder_keys = ("mask_token", "decoder_")
-    head_keys = ("head.",)
+    head_keys = ("head.", "fc_norm.")
 
     @classmethod
-    def read(cls, state: dict[str, Tensor]) -> VitSpec:
-        """From a state dict in this toolkit's layout; KeyError, IndexError or ValueError where that is not possible."""
+    def read(cls, state: dict[str, Tensor], told: Told) -> VitSpec:
+        """From a state dict in this toolkit's layout; KeyError, IndexError or ValueError where that is not possible.
+
+        What is not told: the heads are the published ones of such a width, the size is the one of fixed positions, or
+        the square of so many patches, if there is such.
+        """
         dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
         inner = {int(key.split(".")[1]) for key in state if key.startswith("decoder_blocks.")}
+        tokens = state["pos_embed"].shape[1] - 1
+        width = state["mask_token"].shape[-1] if "mask_token" in state else None
+        grid = grid_of(told.size, patch_size) if told.size else fixed_grid(state["pos_embed"]) or squarest(tokens)
+        if grid[0] * grid[1] != tokens:
+            raise ValueError(f"{told.size[0]}x{told.size[1]} pixels are not its {tokens} patches of {patch_size}")
+        known = told.size or grid[0] == grid[1] or fixed_grid(state["pos_embed"])
+        published = {size[1]: size[3] for size in VIT_SIZES.values()}
+        heads = published.get(dim) if told.heads is None else told.heads
+        decoder_heads = {512: 16}.get(width) if told.decoder_heads is None else told.decoder_heads
+        for name, of, number in (("heads", dim, heads), ("decoder heads", width, decoder_heads)):
+            if None not in (of, number) and (number < 1 or of % number):
+                raise ValueError(f"a width of {of} does not divide into {number} {name}")
         return cls(
             in_chans=in_chans,
             patch_size=patch_size,
-            tokens=state["pos_embed"].shape[1] - 1,
+            tokens=tokens,
             dim=dim,
             depth=_count((key.split(".")[1] for key in state if key.startswith("blocks.")), "blocks."),
-            decoder=(state["mask_token"].shape[-1], len(inner)) if "mask_token" in state else None,
+            decoder=(width, len(inner)) if width else None,
             classes=state["head.weight"].shape[0] if "head.weight" in state else None,
+            fc_norm="fc_norm.weight" in state,
+            heads=heads,
+            decoder_heads=decoder_heads if width else None,
+            size=(grid[0] * patch_size, grid[1] * patch_size) if known else None,
         )
 
     @property
     def name(self) -> str | None:
         for size, (patch, dim, depth, _) in VIT_SIZES.items():
-            if (patch, dim, depth) == (self.patch_size, self.dim, self.depth):
+            if (patch, dim, depth) == self.encoder:
                 return f"vit_{size}_patch{patch}_224"
         return None
 
     @property
-    def heads(self) -> int:
-        """Attention heads, which no tensor's shape tells: the published size's, or one for every 64 channels."""
-        for _, dim, _, heads in VIT_SIZES.values():
-            if dim == self.dim:
-                return heads
-        return max(h for h in range(1, max(1, self.dim // 64) + 1) if self.dim % h == 0)
+    def running_heads(self) -> int:
+        """The heads, or where nobody knows them some with which a state dict is run and held against another."""
+        return self.heads or max(h for h in range(1, max(1, self.dim // 64) + 1) if self.dim % h == 0)
+
+    @property
+    def running_decoder_heads(self) -> int:
+        return self.decoder_heads or 1
 
     @property
     def encoder(self) -> tuple:
-        return self.patch_size, self.tokens, self.dim, self.depth
+        return self.patch_size, self.dim, self.depth
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """The squarest image of so many patches: no tensor tells a rectangle's sides."""
-        rows = max(n for n in range(1, int(self.tokens**0.5) + 1) if self.tokens % n == 0)
-        return rows * self.patch_size, self.tokens // rows * self.patch_size
+        """The size, or where nobody knows it the squarest one of so many patches, with which all of them are run."""
+        rows, columns = squarest(self.tokens)
+        return self.size or (rows * self.patch_size, columns * self.patch_size)
+
+    @property
+    def demands(self) -> frozenset[str]:
+        return frozenset({"average"} if self.fc_norm else ())
+
+    @property
+    def untold(self) -> list[str]:
+        needs = {"--heads N": self.heads, "--image-size H W": self.size}
+        if self.decoder:
+            needs["--decoder-heads N"] = self.decoder_heads
+        return [option for option, value in needs.items() if value is None]
 
     def __str__(self) -> str:
-        sizes = f"ViT of width {self.dim}, depth {self.depth} and patches of {self.patch_size}"
-        return self._described(sizes) + f", {self.tokens} patches"
+        said = self._described(f"ViT of width {self.dim}, depth {self.depth} and patches of {self.patch_size}")
+        size = f" of {self.size[0]} x {self.size[1]} pixels" if self.size else ""
+        average = ", a norm after the mean of its tokens" if self.fc_norm else ""
+        return f"{said}, {self.heads or 'unknown'} heads, {self.tokens} patches{size}{average}"
 
     def shapes(self) -> dict[str, torch.Size]:
         width, blocks = self.decoder or (4, 0)
         with torch.device("meta"):
             state = MAE(
                 self.image_size, self.in_chans, self.patch_size, dim=self.dim, depth=self.depth, heads=1,
-                decoder_dim=width, decoder_depth=blocks, decoder_heads=1,
+                decoder_dim=width, decoder_depth=blocks, decoder_heads=1, mask_ratio=0.5,
             ).state_dict()  # fmt: skip
+            if self.fc_norm:
+                state |= {f"fc_norm.{k}": state.pop(f"norm.{k}") for k in ("weight", "bias")}
             if self.classes:
                 state |= {f"head.{k}": x for k, x in nn.Linear(self.dim, self.classes).state_dict().items()}
         return {key: x.shape for key, x in state.items() if self.decoder or self.part(key) != "decoder"}
 
 
-def read_spec(state: dict[str, Tensor], where: str) -> Spec:
-    """The sizes of a state dict in this toolkit's layout.
+def read_spec(state: dict[str, Tensor], where: str, told: Told | None = None) -> Spec:
+    """The sizes of a state dict in this toolkit's layout; told: what its tensors do not tell.
 
     Raises UsageError, naming the tensors, when some are missing, too many, or of shapes that do not belong together.
     """
     cls = VitSpec if "cls_token" in state else ConvNextSpec
     try:
-        spec = cls.read(state)
+        spec = cls.read(state, told or Told())
         wanted = spec.shapes()
     except (KeyError, IndexError, ValueError, TypeError) as error:
         what = f"{error} is not there" if isinstance(error, KeyError) else str(error)

@@ -53,6 +53,7 @@ class MAE(MaskedAutoencoder):
         _check_width(dim, heads, "")
         _check_width(decoder_dim, decoder_heads, "decoder_")
         super().__init__(image_size, in_chans, patch_size, mask_unit, mask_ratio, norm_pix, norm_window)
+        self.heads, self.decoder_heads = heads, decoder_heads
         grid = self.image_size[0] // patch_size, self.image_size[1] // patch_size
         # One matmul over the visible patches alone; timm's PatchEmbed, of the same parameters, takes whole images.
         self.patch_embed = nn.Sequential(OrderedDict(proj=PatchConv(in_chans, dim, patch_size)))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from fcmae.errors import UsageError
 from fcmae.layouts import LAYOUTS
-from fcmae.layouts.spec import read_spec
-from fcmae.weights import read_weights
+from fcmae.layouts.positions import fixed_grid, grid_of, resampled
+from fcmae.layouts.spec import Told, VitSpec, read_spec
+from fcmae.models.mae import MAE
+from fcmae.weights import Weights, read_weights
 
 
 def start_from(model: nn.Module, path: str) -> str:
     """Load the encoder of any file that `fcmae.convert` reads, and its decoder where both have the same one.
 
-    Returns a line that says what was taken. Raises UsageError when the encoder is of another size.
+    A ViT of another image size keeps its own positions where the file's are the fixed ones of MAE; trained ones are
+    resampled. Returns a line that says what was taken. Raises UsageError when the encoder is of another size.
     """
     weights = read_weights(path)
     own = LAYOUTS["minkowski"].to_fcmae(model.state_dict())
-    here, there = read_spec(own, "the model"), weights.spec
+    told = Told(model.heads, model.decoder_heads, model.image_size) if isinstance(model, MAE) else None
+    here, there = read_spec(own, "the model", told), weights.spec
     if (here.in_chans, here.encoder) != (there.in_chans, there.encoder):
         hint = (
             f"python -m fcmae.convert {path} DST --in-chans {here.in_chans} makes a stem for it"
@@ -26,8 +30,43 @@ def start_from(model: nn.Module, path: str) -> str:
         )
         raise UsageError(f"init={path} holds {there}; the model is {here}: {hint}")
     whole = here.decoder == there.decoder
-    taken = {key: x for key, x in weights.ours.items() if key in own and (whole or here.part(key) == "encoder")}
-    model.load_state_dict(own | taken, strict=True)
+    said, positions = "", {}
+    if isinstance(here, VitSpec):
+        _check_heads(weights, here)
+        whole = whole and weights.told.decoder_heads in (None, here.decoder_heads)
+        positions, said = _positions(weights, here, own)
+    wanted = {key: x for key, x in weights.ours.items() if key in own and (whole or here.part(key) == "encoder")}
+    model.load_state_dict(own | wanted | positions, strict=True)
+    if isinstance(there, VitSpec) and there.fc_norm:
+        said += "; its last norm starts anew, there it follows the mean of the tokens"
     if whole:
-        return f"encoder and decoder from {path}"
-    return f"encoder from {path}; the decoder starts anew, there {'is none' if not there.decoder else 'it is another'}"
+        return f"encoder and decoder from {path}{said}"
+    return (
+        f"encoder from {path}{said}; the decoder starts anew, there {'it is another' if there.decoder else 'is none'}"
+    )
+
+
+def _check_heads(weights: Weights, here: VitSpec) -> None:
+    """Raises UsageError when the file says that its attention has other heads, which no tensor shows."""
+    there = weights.told.heads
+    if there not in (None, here.heads):
+        raise UsageError(f"init={weights.path} has {there} heads of attention, the model {here.heads}; set model.heads")
+
+
+def _positions(weights: Weights, here: VitSpec, own: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The positions of encoder and decoder that are not the file's, and words for that; own: the model's tensors."""
+    there, found = weights.spec, weights.ours["pos_embed"]
+    fixed = fixed_grid(found)
+    if here.size == there.size or (there.size is None and here.tokens == there.tokens):
+        return {}, "" if fixed else " with the positions it was trained with"
+    sizes = f"for {here.size[0]} x {here.size[1]} pixels"
+    kept = {key: own[key] for key in ("pos_embed", "decoder_pos_embed")}
+    if fixed:
+        return kept, f" with the model's own fixed positions {sizes}"
+    if there.size is None:
+        raise UsageError(
+            f"init={weights.path}: no tensor tells the sides of the {there.tokens} patches it has positions for; "
+            f"python -m fcmae.convert {weights.path} DST --image-size {here.size[0]} {here.size[1]} asks for them"
+        )
+    grids = (grid_of(size, here.patch_size) for size in (there.size, here.size))
+    return kept | {"pos_embed": resampled(found, *grids)}, f" with its trained positions resampled {sizes}"
