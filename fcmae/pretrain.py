@@ -186,7 +186,7 @@ def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         raise UsageError(
             f"train.compile on a CPU needs a C++ compiler; {compiler} is not there: install it or turn it off"
         )
-    return torch.compile(model)
+    return torch.compile(model, dynamic=False)  # every step has the same shapes
 
 
 def draw_reconstructions(config, state: TrainState, dataset, folder: RunFolder, log: Log, device) -> None:

@@ -217,7 +217,8 @@ def test_a_drawn_mask_keeps_the_ratio():
 def test_whole_step_compiles_to_one_graph(given):
     model, x, mask = small(torch.float32, mask_unit=16), images(2, dtype=torch.float32), masks(2, (3, 5), 0.75)
     argument = {"nothing": None, "mask": mask, "tables": Tiles.from_mask(mask, 3)}[given]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     loss, pred, used = compiled(x, argument)
     loss.backward()
     ours = [loss, pred, *(p.grad.clone() for p in model.parameters())]
