@@ -22,7 +22,7 @@ def step(backend, dtype=None, compiled=False):
     model = shake(create_model("fcmae_convnextv2_atto", backend=backend, **SMALL)).cuda()
     images = torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0)).cuda()
     mask = mask_from_noise(torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(1)), 3).cuda()
-    forward = torch.compile(model, fullgraph=True) if compiled else model
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     tiles = model.tiles(images, mask)
     with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
         loss, pred, _ = forward(images, tiles)
