@@ -179,6 +179,7 @@ def test_a_run(place):
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_a_run_changes_its_backend_and_back_through_convert_exactly(place):
     train(place, place / "whole", "sparse.backend=minkowski")
     half = place / "whole" / "checkpoints" / "step_000000005.pt"
@@ -199,6 +200,7 @@ def test_a_run_changes_its_backend_and_back_through_convert_exactly(place):
     close(one, two[5:], 1e-4)
 
 
+@pytest.mark.slow
 def test_runs_repeat_bit_for_bit(place):
     for name in ("a", "b"):
         train(place, place / name, "sparse.backend=minkowski")

@@ -37,6 +37,7 @@ def kill_when(process, condition, seconds=120):
     return False
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(whole, tmp_path):
     _, config, settings = whole
     out, rng, killed = tmp_path / "killed", random.Random(0), 0
