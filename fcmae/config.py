@@ -85,6 +85,7 @@ class DataConfig:
 class TrainConfig:
     epochs: float = _key(800, "passes over the data")
     steps: int | None = _key(None, "optimizer steps; overrides epochs")
+    seconds: float | None = _key(None, "training time in place of steps; the schedule of `epochs` is stretched over it")
     batch_size: int = _key(64, "images per process and forward pass")
     accum_steps: int = _key(1, "forward passes per optimizer step")
     effective_batch: int | None = _key(None, "images per optimizer step over all processes; sets accum_steps")
@@ -145,8 +146,8 @@ FREE_KEYS = (
 
 # What a run branched off another one's checkpoint (resume=FILE out=NEW) may change besides.
 BRANCH_KEYS = (
-    *FREE_KEYS, "init", "data.source", "train.epochs", "train.steps", "train.base_lr", "train.lr", "train.min_lr",
-    "train.warmup_epochs", "train.clip_grad", "log.every",
+    *FREE_KEYS, "init", "data.source", "train.epochs", "train.steps", "train.seconds", "train.base_lr", "train.lr",
+    "train.min_lr", "train.warmup_epochs", "train.clip_grad", "log.every",
 )  # fmt: skip
 
 
