@@ -104,13 +104,13 @@ def steps_of(
         )
     if schedule.is_over(start, state.progress.seconds) and folder.encoder.is_file():
         if world.is_main:
-            print(f"{folder.path} is complete at step {start}; out=... starts another run")
+            print(f"{folder.path} is complete at step {start}{'' if label else '; out=... starts another run'}")
         return 0
     forward = compiled(model, world.device) if config.train.compile else model
     held: list = []  # the folder's lock, until this function ends
     world.on_main(lambda: held.append(folder.claim(config)))
     if world.is_main:
-        print(describe_run(config, model, schedule, world), flush=True)
+        print(*[f"arm {label}:"] * bool(label), describe_run(config, model, schedule, world), sep="\n", flush=True)
     log = Log(folder, config.log, state.progress, schedule, world.is_main, label)
     for line in warnings:
         log.say(f"warning: {line}")

@@ -22,7 +22,7 @@ from fcmae.train.state import Progress
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per logged step, only numbers that a repeated run repeats bit for bit. times.jsonl.
+    """metrics.jsonl, only numbers that a repeated run repeats bit for bit, or times.jsonl: one object per logged step.
 
     Opened to go on after `step`: lines of later steps, and a line cut short by a kill, are dropped.
     """
