@@ -134,7 +134,7 @@ def find_labelled(config: CompareConfig) -> list[Labelled]:
 def train(
     config: CompareConfig, arms: dict[str, Config], dataset: MaskedImages, world: distributed.World
 ) -> tuple[int, bool]:
-    """Train every arm to its end, one after another or in turn: the exit status, and whether there was anything to do."""
+    """Train every arm to its end, one after another or in turn: the exit status, and whether any was left to do."""
     stop = StopSignal()
     runs = [ArmRun(name, steps_of(arm, world, stop, dataset, name), world.device) for name, arm in arms.items()]
     trained = False
