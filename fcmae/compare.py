@@ -59,9 +59,10 @@ def compare(config: CompareConfig) -> int:
         print(f"the comparison is complete: {out / 'report.html'}")
         return 0
     found = evaluate(config, arms, dataset, next(iter(labelled), None), world.device, world.size)
-    write_whole(out / "report.json", lambda file: file.write(json.dumps(found, indent=1, allow_nan=False).encode()))
     sheet = (out / SHEET).read_bytes() if found["reconstructions"] else None
     write_whole(out / "report.html", lambda file: file.write(report.html(found, sheet).encode()))
+    # Last: that it is of these settings tells that both are.
+    write_whole(out / "report.json", lambda file: file.write(json.dumps(found, indent=1, allow_nan=False).encode()))
     print("\n".join(report.summary(found)))
     print(f"look: {out / 'report.html'}, every figure of it in {out / 'report.json'}")
     return 0

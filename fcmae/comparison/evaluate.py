@@ -21,6 +21,7 @@ from fcmae.comparison.settings import CompareConfig
 from fcmae.config import Config
 from fcmae.data import MaskedImages
 from fcmae.data.transforms import stats
+from fcmae.errors import UsageError
 from fcmae.masking import grid_size, keep_count
 from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.models.support import MINKOWSKI
@@ -48,6 +49,9 @@ def evaluate(
     processes: how many trained together.
     """
     curves = {name: measure.read_curve(RunFolder(Path(arm.out))) for name, arm in arms.items()}
+    for name, curve in curves.items():
+        if not curve["step"]:
+            raise UsageError(f"arm {name}: no step had a finite loss, so there is nothing to compare")
     models = {name: (_trained(arm).to(device), _random(arm).to(device)) for name, arm in arms.items()}
     finals = {name: curve["smooth"][-1] for name, curve in curves.items()}
     target = max(finals.values()) if config.time_to_loss is None else config.time_to_loss
@@ -92,10 +96,9 @@ def up_to_date(path: Path, config: CompareConfig) -> bool:
         report = json.loads(path.read_text())
     except (OSError, ValueError):
         return False
-    free = (*settings.FREE_KEYS, "arms_in_turn")
     if report.get("format") != FORMAT:
         return False
-    return not settings.differences(report["settings"], settings.to_dict(config), free)
+    return not settings.differences(report["settings"], settings.to_dict(config), settings.FREE_KEYS)
 
 
 def _row(

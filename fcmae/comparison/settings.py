@@ -94,7 +94,7 @@ class CompareConfig:
 # What may change when a comparison goes on: as of any run, and what is only done once the arms are trained. The arms'
 # own settings are held against their own folders.
 FREE_KEYS = (
-    *settings.FREE_KEYS, "arms_in_turn", "time_to_loss", "data.labelled",
+    *settings.FREE_KEYS, "time_to_loss", "data.labelled",
     *(f"evaluate.{f.name}" for f in fields(EvaluateConfig)),
 )  # fmt: skip
 
