@@ -4,6 +4,7 @@ import sys
 
 COMMANDS = {
     "fcmae.pretrain": "pretrain a masked autoencoder: CONFIG.yaml [key=value ...]",
+    "fcmae.compare": "pretrain models on the same images, crops and masks, and report: CONFIG.yaml [key=value ...]",
     "fcmae.convert": "weights from one layout to another: SRC DST --to timm, hf, onnx, official, ...",
 }
 

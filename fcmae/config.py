@@ -21,9 +21,12 @@ from fcmae.files import write_whole
 C = TypeVar("C")
 
 
-def _key(default: Any, text: str, type: str | None = None) -> Any:
-    """A setting: its default, its one line in --help, and how its type reads there where the annotation is too wide."""
-    meta = {"help": text, "type": type}
+def setting(default: Any, text: str, type: str | None = None, each: type | None = None) -> Any:
+    """A setting: its default, its one line in --help, and how its type reads there where the annotation is too wide.
+
+    each: the schema of every value of a setting that maps names to settings.
+    """
+    meta = {"help": text, "type": type, "each": each}
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=meta)
     return field(default=default, metadata=meta)
@@ -31,100 +34,107 @@ def _key(default: Any, text: str, type: str | None = None) -> Any:
 
 @dataclass
 class ModelConfig:
-    name: str = _key("fcmae_convnextv2_atto", "model, e.g. fcmae_convnextv2_base or mae_vit_base_patch16")
-    image_size: Any = _key(224, "pixels: one number or [height, width], multiples of the mask unit", "int | [int, int]")
-    in_chans: int = _key(3, "image channels")
-    depths: list[int] | None = _key(None, "ConvNeXt: blocks per stage; null: the named size's")
-    dims: list[int] | None = _key(None, "ConvNeXt: widths per stage; null: the named size's")
-    patch_size: int | None = _key(None, "ViT: side of a patch in pixels; null: the named size's")
-    dim: int | None = _key(None, "ViT: width; null: the named size's")
-    depth: int | None = _key(None, "ViT: blocks; null: the named size's")
-    heads: int | None = _key(None, "ViT: attention heads; null: the named size's")
-    decoder_dim: int | None = _key(None, "width of the decoder; null: 512")
-    decoder_depth: int | None = _key(None, "blocks of the decoder; null: 1 of FCMAE, 8 of MAE")
-    decoder_heads: int | None = _key(None, "ViT: attention heads of the decoder; null: 16")
+    name: str = setting("fcmae_convnextv2_atto", "model, e.g. fcmae_convnextv2_base or mae_vit_base_patch16")
+    image_size: Any = setting(
+        224, "pixels: one number or [height, width], multiples of the mask unit", "int | [int, int]"
+    )
+    in_chans: int = setting(3, "image channels")
+    depths: list[int] | None = setting(None, "ConvNeXt: blocks per stage; null: the named size's")
+    dims: list[int] | None = setting(None, "ConvNeXt: widths per stage; null: the named size's")
+    patch_size: int | None = setting(None, "ViT: side of a patch in pixels; null: the named size's")
+    dim: int | None = setting(None, "ViT: width; null: the named size's")
+    depth: int | None = setting(None, "ViT: blocks; null: the named size's")
+    heads: int | None = setting(None, "ViT: attention heads; null: the named size's")
+    decoder_dim: int | None = setting(None, "width of the decoder; null: 512")
+    decoder_depth: int | None = setting(None, "blocks of the decoder; null: 1 of FCMAE, 8 of MAE")
+    decoder_heads: int | None = setting(None, "ViT: attention heads of the decoder; null: 16")
 
 
 @dataclass
 class SparseConfig:
-    backend: str = _key("auto", "how a ConvNet runs on visible regions: auto, native, reference, dense or minkowski")
-    grn: str = _key("per_image", "GRN pools over each image (per_image) or the local batch (batch)")
+    backend: str = setting("auto", "how a ConvNet runs on visible regions: auto, native, reference, dense or minkowski")
+    grn: str = setting("per_image", "GRN pools over each image (per_image) or the local batch (batch)")
 
 
 @dataclass
 class MaskConfig:
-    ratio: float | None = _key(
+    ratio: float | None = setting(
         None, "share of regions hidden, int(L * (1 - ratio)) of L stay; null: 0.6 of FCMAE, 0.75 of MAE"
     )
-    unit: int | None = _key(None, "side of a region in pixels, a multiple of MAE's patch; null: the patch, 32 of FCMAE")
-    strategy: str = _key("random", "random, block or grid")
+    unit: int | None = setting(
+        None, "side of a region in pixels, a multiple of MAE's patch; null: the patch, 32 of FCMAE"
+    )
+    strategy: str = setting("random", "random, block or grid")
 
 
 @dataclass
 class LossConfig:
-    norm_pix: bool = _key(True, "normalize the target's pixels within each window")
-    norm_window: int | None = _key(None, "window side in pixels; null: the model's patch")
+    norm_pix: bool = setting(True, "normalize the target's pixels within each window")
+    norm_window: int | None = setting(None, "window side in pixels; null: the model's patch")
 
 
 @dataclass
 class DataConfig:
-    source: str | None = _key(
+    source: str | None = setting(
         None, "folder, .txt/.csv list, tar shards (file, glob, {000..015}), datasets folder, or: sample"
     )
-    workers: int = _key(-1, "loader processes per rank; -1: one per core of this rank, 8 at most")
-    prefetch: int = _key(2, "batches each worker prepares ahead")
-    pin_memory: bool = _key(True, "page-locked batches when training on CUDA")
-    crop_scale: list[float] = _key([0.2, 1.0], "area range of the random resized crop")
-    flip: float = _key(0.5, "probability of a horizontal flip")
-    mean: list[float] | None = _key(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
-    std: list[float] | None = _key(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
-    max_bad_share: float = _key(0.01, "stop when more than this share of the images read was unreadable")
+    workers: int = setting(-1, "loader processes per rank; -1: one per core of this rank, 8 at most")
+    prefetch: int = setting(2, "batches each worker prepares ahead")
+    pin_memory: bool = setting(True, "page-locked batches when training on CUDA")
+    crop_scale: list[float] = setting([0.2, 1.0], "area range of the random resized crop")
+    flip: float = setting(0.5, "probability of a horizontal flip")
+    mean: list[float] | None = setting(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
+    std: list[float] | None = setting(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
+    max_bad_share: float = setting(0.01, "stop when more than this share of the images read was unreadable")
 
 
 @dataclass
 class TrainConfig:
-    epochs: float = _key(800, "passes over the data")
-    steps: int | None = _key(None, "optimizer steps; overrides epochs")
-    batch_size: int = _key(64, "images per process and forward pass")
-    accum_steps: int = _key(1, "forward passes per optimizer step")
-    effective_batch: int | None = _key(None, "images per optimizer step over all processes; sets accum_steps")
-    base_lr: float = _key(1.5e-4, "lr = base_lr * effective batch / 256")
-    lr: float | None = _key(None, "peak learning rate itself; overrides base_lr")
-    min_lr: float = _key(0.0, "learning rate at the end of the cosine")
-    warmup_epochs: float = _key(40, "linear warm-up")
-    weight_decay: float = _key(0.05, "AdamW; none on biases, norms and GRN")
-    betas: list[float] = _key([0.9, 0.95], "of AdamW, two numbers")
-    clip_grad: float | None = _key(None, "largest gradient norm; null: no clipping")
-    precision: str = _key("fp32", "fp32, bf16 or fp16 (autocast; fp16 with a loss scaler)")
-    compile: bool = _key(False, "torch.compile the model")
-    max_nonfinite: int = _key(20, "stop after so many steps in a row with a NaN or infinite gradient")
+    epochs: float = setting(800, "passes over the data")
+    steps: int | None = setting(None, "optimizer steps; overrides epochs")
+    seconds: float | None = setting(
+        None, "training time in place of steps; the schedule of `epochs` is stretched over it"
+    )
+    batch_size: int = setting(64, "images per process and forward pass")
+    accum_steps: int = setting(1, "forward passes per optimizer step")
+    effective_batch: int | None = setting(None, "images per optimizer step over all processes; sets accum_steps")
+    base_lr: float = setting(1.5e-4, "lr = base_lr * effective batch / 256")
+    lr: float | None = setting(None, "peak learning rate itself; overrides base_lr")
+    min_lr: float = setting(0.0, "learning rate at the end of the cosine")
+    warmup_epochs: float = setting(40, "linear warm-up")
+    weight_decay: float = setting(0.05, "AdamW; none on biases, norms and GRN")
+    betas: list[float] = setting([0.9, 0.95], "of AdamW, two numbers")
+    clip_grad: float | None = setting(None, "largest gradient norm; null: no clipping")
+    precision: str = setting("fp32", "fp32, bf16 or fp16 (autocast; fp16 with a loss scaler)")
+    compile: bool = setting(False, "torch.compile the model")
+    max_nonfinite: int = setting(20, "stop after so many steps in a row with a NaN or infinite gradient")
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = _key(1000, "optimizer steps between checkpoints; one more is written at the end")
-    keep_last: int = _key(2, "newest checkpoints kept")
-    keep_every: int | None = _key(None, "every m-th checkpoint kept besides; null: none")
+    every: int = setting(1000, "optimizer steps between checkpoints; one more is written at the end")
+    keep_last: int = setting(2, "newest checkpoints kept")
+    keep_every: int | None = setting(None, "every m-th checkpoint kept besides; null: none")
 
 
 @dataclass
 class LogConfig:
-    every: int = _key(1, "optimizer steps between lines of metrics.jsonl and TensorBoard points")
-    print_every: int = _key(20, "steps between printed lines when the output is not a terminal")
-    tensorboard: bool = _key(True, "write TensorBoard events")
-    images: int = _key(6, "images on a reconstruction picture; 0: no pictures")
-    images_every: float = _key(1, "epochs between reconstruction pictures")
+    every: int = setting(1, "optimizer steps between lines of metrics.jsonl and TensorBoard points")
+    print_every: int = setting(20, "steps between printed lines when the output is not a terminal")
+    tensorboard: bool = setting(True, "write TensorBoard events")
+    images: int = setting(6, "images on a reconstruction picture; 0: no pictures")
+    images_every: float = setting(1, "epochs between reconstruction pictures")
 
 
 @dataclass
 class Config:
     """Everything `python -m fcmae.pretrain` can be told."""
 
-    out: str | None = _key(None, "run folder; a run that stopped there goes on from its newest whole checkpoint")
-    resume: str | None = _key(None, "a checkpoint to start from while `out` has none of its own")
-    init: str | None = _key(None, "weights to start from: any file or folder that fcmae.convert reads")
-    seed: int = _key(0, "of the initial weights, crops, flips, masks and order")
-    device: str = _key("auto", "auto, cpu, cuda, cuda:N or mps")
+    out: str | None = setting(None, "run folder; a run that stopped there goes on from its newest whole checkpoint")
+    resume: str | None = setting(None, "a checkpoint to start from while `out` has none of its own")
+    init: str | None = setting(None, "weights to start from: any file or folder that fcmae.convert reads")
+    seed: int = setting(0, "of the initial weights, crops, flips, masks and order")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     model: ModelConfig = field(default_factory=ModelConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -145,8 +155,8 @@ FREE_KEYS = (
 
 # What a run branched off another one's checkpoint (resume=FILE out=NEW) may change besides.
 BRANCH_KEYS = (
-    *FREE_KEYS, "init", "data.source", "train.epochs", "train.steps", "train.base_lr", "train.lr", "train.min_lr",
-    "train.warmup_epochs", "train.clip_grad", "log.every",
+    *FREE_KEYS, "init", "data.source", "train.epochs", "train.steps", "train.seconds", "train.base_lr", "train.lr",
+    "train.min_lr", "train.warmup_epochs", "train.clip_grad", "log.every",
 )  # fmt: skip
 
 
@@ -157,19 +167,13 @@ def load(schema: type[C], path: str | Path, overrides: list[str]) -> C:
     """
     merged = OmegaConf.structured(schema)
     for where, layer in [(str(path), _read_yaml(path)), *((o, _read_override(schema, o)) for o in overrides)]:
-        for key in _flatten(layer):
-            _check_known(schema, key, where)
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            key, wanted = error.full_key, ""
-            if key in (described := describe(schema)):
-                wanted = f"{key} takes {described[key][0]}: "
-            raise UsageError(f"{where}: {wanted}{str(error).splitlines()[0]}") from None
-    try:
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UsageError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
+        merged = _merge(merged, schema, layer, where)
+    return _to_object(merged, str(path))
+
+
+def override(config: C, layer: dict, where: str) -> C:
+    """`config` with nested settings put over its own, as `load` would; `where` names them in errors."""
+    return _to_object(_merge(OmegaConf.structured(config), type(config), OmegaConf.create(layer), where), where)
 
 
 def to_dict(config: Any) -> dict:
@@ -185,7 +189,7 @@ def write_yaml(config: Any, path: Path) -> None:
 
 def differences(old: dict, new: dict, free: tuple[str, ...] = ()) -> list[str]:
     """Settings that differ, each as `key: old -> new`, those in `free` left out."""
-    a, b = _flatten(old), _flatten(new)
+    a, b = flatten(old), flatten(new)
     keys = [k for k in dict.fromkeys([*a, *b]) if k not in free and a.get(k) != b.get(k)]
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in keys]
 
@@ -216,6 +220,43 @@ def help_text(command: str, schema: type) -> str:
     lines = [f"  {key:<{wide}}  {kind} = {_yaml_text(default)}\n  {'':<{wide}}    {text}"
              for key, (kind, default, text) in rows.items()]  # fmt: skip
     return f"usage: python -m {command} CONFIG.yaml [key=value ...]\n\n{schema.__doc__}\n\n" + "\n".join(lines)
+
+
+def flatten(layer: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dict with dots in its keys."""
+    plain = OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _merge(merged: Any, schema: type, layer: Any, where: str) -> Any:
+    for key, value in flatten(layer).items():
+        _check_known(schema, key, value, where)
+    try:
+        return OmegaConf.merge(merged, layer)
+    except OmegaConfBaseException as error:
+        key, wanted = error.full_key, ""
+        if key in (described := describe(schema)):
+            wanted = f"{key} takes {described[key][0]}: "
+        raise UsageError(f"{where}: {wanted}{str(error).splitlines()[0]}") from None
+
+
+def _to_object(merged: Any, where: str) -> Any:
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def _inside(schema: type, key: str) -> tuple[type, str]:
+    """The schema and key that `key` stands for: of `arms.NAME.seed`, where `arms` maps names to settings, theirs."""
+    group, _, rest = key.partition(".")
+    for f in dataclasses.fields(schema):
+        if f.name == group and f.metadata.get("each"):
+            return f.metadata["each"], rest.partition(".")[2]
+    return schema, key
 
 
 def _type_text(hint: Any) -> str:
@@ -256,7 +297,8 @@ def _read_override(schema: type, text: str) -> Any:
         raise UsageError(f"{text!r} is not of the form key=value")
     if not value.strip():
         raise UsageError(f"{text!r} gives no value; for none write {key}=null")
-    if describe(schema).get(key, ("",))[0].startswith("str") and value != "null":
+    inner, name = _inside(schema, key)
+    if describe(inner).get(name, ("",))[0].startswith("str") and value != "null":
         value = os.path.expanduser(value)  # no shell does so after key=
         text = f"{key}={json.dumps(value)}"  # a folder may be called 007 or *.tar: YAML would see a number, an alias
     try:
@@ -265,15 +307,12 @@ def _read_override(schema: type, text: str) -> Any:
         raise UsageError(f"{text!r}: {' '.join(str(error).split())}") from None
 
 
-def _flatten(layer: Any, prefix: str = "") -> dict[str, Any]:
-    plain = OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer
-    flat: dict[str, Any] = {}
-    for key, value in plain.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _check_known(schema: type, key: str, where: str) -> None:
+def _check_known(schema: type, key: str, value: Any, where: str) -> None:
+    whole, (schema, key) = key, _inside(schema, key)
+    if not key:
+        if value is None:
+            return
+        raise UsageError(f"{where}: {whole} takes settings, each as `key: value`; got {value!r}")
     known = describe(schema)
     groups = {k.rpartition(".")[0] for k in known} - {""}
     if key in groups:

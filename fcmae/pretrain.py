@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from fcmae.train.init import start_from
 from fcmae.train.log import Log
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import make_schedule
-from fcmae.train.state import TrainState
+from fcmae.train.state import Progress, TrainState
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,13 +43,32 @@ def pretrain(config: Config) -> int:
     checks.check(config)
     family.fill(config)
     world = distributed.start(config.device)
+    stop = loop.StopSignal()
+    run = steps_of(config, world, stop)
     try:
-        return _pretrain(config, world)
+        next(run)
+        with stop:
+            while True:
+                next(run)
+    except StopIteration as end:
+        return end.value
     finally:
         distributed.stop(world)
 
 
-def _pretrain(config: Config, world: distributed.World) -> int:
+def steps_of(
+    config: Config,
+    world: distributed.World,
+    stop: loop.StopSignal,
+    dataset: MaskedImages | None = None,
+    label: str = "",
+) -> Generator[Progress, None, int]:
+    """A run, one optimizer step for each value asked for, which is its progress; it returns the exit status of `main`.
+
+    The first value comes when everything is ready and nothing trained. config: checked and filled. dataset: the images,
+    if several runs share them; label: what to call the run in what is printed. Both are for runs that take turns.
+    Raises UsageError for bad input.
+    """
     checks.check_backend(config, world.device)
     torch.manual_seed(config.seed)
     if world.device.type == "cuda":
@@ -56,7 +76,8 @@ def _pretrain(config: Config, world: distributed.World) -> int:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     model = build_model(config)
-    dataset = world.main_first(lambda: build_dataset(config, model))
+    if dataset is None:
+        dataset = world.main_first(lambda: build_dataset(config, model))
     schedule = make_schedule(config.train, len(dataset), world.size)
     config.train.accum_steps, config.train.effective_batch = schedule.accum_steps, schedule.effective_batch
 
@@ -74,23 +95,23 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     if found is not None:
         state.restore(checkpoint.read(found), str(found), config, len(dataset))
     start = state.progress.step
-    beginning = f"going on from step {start} of {schedule.steps}" if start else ""
+    beginning = f"going on from step {start} of {schedule.goal}" if start else ""
     if found is None and config.init is not None:
         beginning = world.on_main(lambda: start_from(model, config.init))  # the other ranks get its weights from DDP
-    if start > schedule.steps:
+    if schedule.steps is not None and start > schedule.steps:
         raise UsageError(
             f"{found} is at step {start}, beyond this run's {schedule.steps}; raise train.epochs or train.steps"
         )
-    if start == schedule.steps and folder.encoder.is_file():
+    if schedule.is_over(start, state.progress.seconds) and folder.encoder.is_file():
         if world.is_main:
-            print(f"{folder.path} is complete at step {start}; out=... starts another run")
+            print(f"{folder.path} is complete at step {start}{'' if label else '; out=... starts another run'}")
         return 0
     forward = compiled(model, world.device) if config.train.compile else model
     held: list = []  # the folder's lock, until this function ends
     world.on_main(lambda: held.append(folder.claim(config)))
     if world.is_main:
-        print(describe_run(config, model, schedule, world), flush=True)
-    log = Log(folder, config.log, start, schedule.steps, schedule.effective_batch, world.is_main)
+        print(*[f"arm {label}:"] * bool(label), describe_run(config, model, schedule, world), sep="\n", flush=True)
+    log = Log(folder, config.log, state.progress, schedule, world.is_main, label)
     for line in warnings:
         log.say(f"warning: {line}")
     if beginning:
@@ -104,7 +125,7 @@ def _pretrain(config: Config, world: distributed.World) -> int:
         world_size=world.size,
         seed=config.seed,
         start_step=start,
-        end_step=schedule.steps,
+        end_step=sys.maxsize if schedule.steps is None else schedule.steps,
     )
     pin = config.data.pin_memory and world.device.type == "cuda"
     loader = make_loader(dataset, stream, worker_count(config.data.workers), config.data.prefetch, pin_memory=pin)
@@ -112,7 +133,7 @@ def _pretrain(config: Config, world: distributed.World) -> int:
         forward = DistributedDataParallel(forward, broadcast_buffers=False)  # positions: fixed
 
     def write_checkpoint() -> None:
-        log.metrics.sync()
+        log.sync()
         every, keep = config.checkpoint.every, config.checkpoint.keep_every
         payload = state.payload(config, len(dataset))
         checkpoint.save(folder.checkpoints, payload, config.checkpoint.keep_last, keep and keep * every)
@@ -123,7 +144,10 @@ def _pretrain(config: Config, world: distributed.World) -> int:
 
     hooks = loop.Hooks(lambda: world.on_main(write_checkpoint), picture, dataset.source.name)
     try:
-        ended_by = loop.train(state, forward, loader, schedule, config, world, log, hooks)
+        yield state.progress
+        ended_by = yield from loop.train(
+            state, forward, loader, schedule, config, world, log, hooks, stop, in_turn=bool(label)
+        )
     finally:
         log.close()
     if ended_by:
@@ -132,7 +156,8 @@ def _pretrain(config: Config, world: distributed.World) -> int:
     if world.is_main:
         pictures.loss_curve(folder.metrics, folder.path / "loss.png", f"{config.model.name}: {config.data.source}")
         folder.export_encoder(model)  # last: its presence tells that the run is complete
-        print(next_commands(config, model, folder))
+        if not label:
+            print(next_commands(config, model, folder))
     return 0
 
 

@@ -37,6 +37,8 @@ def check(config: Config) -> None:
         (train.precision in PRECISIONS, "train.precision", f"one of {', '.join(PRECISIONS)}"),
         (train.epochs > 0, "train.epochs", "more than 0"),
         (train.steps is None or train.steps >= 1, "train.steps", "1 or more, or null"),
+        (train.seconds is None or train.seconds > 0, "train.seconds", "more than 0, or null"),
+        (train.seconds is None or train.steps is None, "train.seconds", "null where train.steps is set"),
         (train.batch_size >= 1, "train.batch_size", "1 or more"),
         (train.accum_steps >= 1, "train.accum_steps", "1 or more"),
         (train.effective_batch is None or train.effective_batch >= 1, "train.effective_batch", "1 or more, or null"),

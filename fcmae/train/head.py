@@ -30,6 +30,9 @@ def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, w
     keep = keep_count(gh * gw, model.mask_ratio)
     compiled = ", compiled (the first step takes long)" if config.train.compile else ""
     images = f"{schedule.dataset_size:,} images"
+    length = f"{schedule.steps} steps = {schedule.epochs:g} epochs"
+    if schedule.steps is None:
+        length = f"{schedule.goal} of training, over which the schedule of {schedule.epochs:g} epochs is stretched"
     rows = {
         "fcmae": f"{fcmae.__version__}, torch {torch.__version__}",
         "device": f"{device} x {world.size}, {config.train.precision}{compiled}",
@@ -40,8 +43,7 @@ def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, w
         f"{model.mask_unit} px stay visible",
         "batch": f"{schedule.effective_batch} = {schedule.batch_size} x {schedule.accum_steps} accumulated"
         f" x {world.size} processes",
-        "schedule": f"{schedule.steps} steps = {schedule.epochs:g} epochs, warm-up {schedule.warmup_epochs:g} epochs, "
-        f"peak lr {schedule.peak_lr:.3g}",
+        "schedule": f"{length}, warm-up {schedule.warmup_epochs:g} epochs, peak lr {schedule.peak_lr:.3g}",
         "folder": str(config.out),
     }
     return "\n".join(f"{key:>9}  {text}" for key, text in rows.items())

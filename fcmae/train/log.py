@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,12 @@ from tqdm import tqdm
 from fcmae.config import LogConfig
 from fcmae.files import write_whole
 from fcmae.train.run_folder import RunFolder
+from fcmae.train.schedule import Schedule
+from fcmae.train.state import Progress
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per logged step, only numbers that a repeated run repeats bit for bit.
+    """metrics.jsonl, only numbers that a repeated run repeats bit for bit, or times.jsonl: one object per logged step.
 
     Opened to go on after `step`: lines of later steps, and a line cut short by a kill, are dropped.
     """
@@ -41,7 +42,7 @@ class MetricsFile:
         self._file.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
-        """Force every line to disk, so that a checkpoint is never ahead of its metrics."""
+        """Force every line to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -52,38 +53,42 @@ class MetricsFile:
 class Log:
     """A run's reporting: rank 0 writes and prints, other ranks only name their unreadable images.
 
-    step, steps: where the run starts and ends. images_per_step: over all processes.
+    progress: where the run starts; schedule: where it ends. label: what to call the run, if there are several.
     """
 
     def __init__(
-        self, folder: RunFolder, config: LogConfig, step: int, steps: int, images_per_step: int, is_main: bool
+        self, folder: RunFolder, config: LogConfig, progress: Progress, schedule: Schedule, is_main: bool, label: str
     ):
-        self.config, self.steps, self.images_per_step, self.is_main = config, steps, images_per_step, is_main
-        self.metrics = self.tensorboard = self.bar = None
+        self.config, self.schedule, self.is_main, self.label = config, schedule, is_main, label
+        self.metrics = self.times = self.tensorboard = self.bar = None
+        step = progress.step
         self._bad_path = folder.path / "bad_images.txt"
         self._bad_known = set(self._bad_path.read_text().splitlines()) if self._bad_path.exists() else set()
-        self._logged = self._printed = time.perf_counter(), step
+        self._start = self._logged = self._printed = progress.seconds, step
         self._waited = 0.0
         if not is_main:
             return
-        self.metrics = MetricsFile(folder.metrics, step)
+        self.metrics, self.times = MetricsFile(folder.metrics, step), MetricsFile(folder.times, step)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
         if sys.stderr.isatty():
-            self.bar = tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True, smoothing=0.05)
+            self.bar = tqdm(
+                desc=label or None, initial=step, total=schedule.steps, unit="step", dynamic_ncols=True, smoothing=0.05
+            )
 
-    def step(self, row: dict, waited: float) -> None:
-        """Report one optimizer step. waited: seconds of it spent waiting for data."""
+    def step(self, row: dict, seconds: float, total: float, waited: float) -> None:
+        """Report one optimizer step. seconds: what it took; total: with all before; waited: of it, for data."""
         if not self.is_main:
             return
-        step = row["step"]
+        step, last = row["step"], self.schedule.is_over(row["step"], total)
         self._waited += waited
-        if step % self.config.every == 0 or step == self.steps:
+        if step % self.config.every == 0 or last:
             self.metrics.write(row)
-            self._scalars(row)
-        self._progress(row)
+            self.times.write({"step": step, "seconds": total, "step_seconds": seconds, "waited": waited})
+            self._scalars(row, total)
+        self._progress(row, total, last)
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a written PNG in TensorBoard."""
@@ -91,8 +96,14 @@ class Log:
             with Image.open(path) as image:
                 self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
+    def sync(self) -> None:
+        """Force every line to disk, so that a checkpoint is never ahead of them."""
+        self.metrics.sync()
+        self.times.sync()
+
     def say(self, line: str) -> None:
         """One line for people, beside the bar if there is one."""
+        line = f"{self.label}: {line}" if self.label else line
         if self.bar:
             self.bar.write(line)
         elif self.is_main:
@@ -110,41 +121,42 @@ class Log:
     def close(self) -> None:
         """Flush everything to disk."""
         if self.metrics:
-            self.metrics.sync()
+            self.sync()
             self.metrics.close()
+            self.times.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.bar:
             self.bar.close()
             self.bar = None
 
-    def _scalars(self, row: dict) -> None:
-        (then, then_step), now, step = self._logged, time.perf_counter(), row["step"]
-        self._logged = now, step
+    def _scalars(self, row: dict, total: float) -> None:
+        (then, then_step), step = self._logged, row["step"]
+        self._logged = total, step
         if self.tensorboard:
             values = {k: row[k] for k in ("loss", "lr", "grad_norm", "loss_scale") if row.get(k) is not None}
-            values["images_per_second"] = (step - then_step) * self.images_per_step / (now - then)
-            values["data_wait_share"] = self._waited / (now - then)
+            values["images_per_second"] = (step - then_step) * self.schedule.effective_batch / (total - then)
+            values["data_wait_share"] = self._waited / (total - then)
             values["peak_memory_gib"] = peak_memory() / 2**30
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"train/{name}", value, step)
         self._waited = 0.0
 
-    def _progress(self, row: dict) -> None:
+    def _progress(self, row: dict, total: float, last: bool) -> None:
         step, loss = row["step"], "nan" if row["loss"] is None else f"{row['loss']:.4f}"
+        (then, then_step), batch = self._start if self.bar else self._printed, self.schedule.effective_batch
+        pace = (total - then) / (step - then_step)
         if self.bar:
             self.bar.update(step - self.bar.n)
-            rate = (self.bar.format_dict["rate"] or 0) * self.images_per_step
-            self.bar.set_postfix_str(f"epoch {row['epoch']:.1f} loss {loss} lr {row['lr']:.2e} {rate:.0f} img/s")
-        elif step % self.config.print_every == 0 or step == self.steps:
-            (then, then_step), now = self._printed, time.perf_counter()
-            pace = (now - then) / (step - then_step)
-            self._printed = now, step
-            eta = datetime.timedelta(seconds=round(pace * (self.steps - step)))
-            print(
-                f"step {step}/{self.steps} epoch {row['epoch']:.2f} loss {loss} lr {row['lr']:.2e} "
-                f"{self.images_per_step / pace:.0f} img/s eta {eta}",
-                flush=True,
+            rate = f"{batch / pace:.0f} img/s"
+            self.bar.set_postfix_str(f"epoch {row['epoch']:.1f} loss {loss} lr {row['lr']:.2e} {rate}")
+        elif step % self.config.print_every == 0 or last:
+            self._printed = total, step
+            steps, seconds = self.schedule.steps, self.schedule.seconds
+            left = max(0, seconds - total) if steps is None else pace * (steps - step)
+            self.say(
+                f"step {step}{'' if steps is None else f'/{steps}'} epoch {row['epoch']:.2f} loss {loss} "
+                f"lr {row['lr']:.2e} {batch / pace:.0f} img/s eta {datetime.timedelta(seconds=round(left))}"
             )
 
 

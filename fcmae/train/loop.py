@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from fcmae.train import optim
 from fcmae.train.distributed import World
 from fcmae.train.log import Log
 from fcmae.train.schedule import Schedule
-from fcmae.train.state import TrainState
+from fcmae.train.state import Progress, TrainState
 
 
 @dataclass(frozen=True)
@@ -61,77 +61,88 @@ def train(
     world: World,
     log: Log,
     hooks: Hooks,
-) -> int:
-    """Train from `state.progress.step` to `schedule.steps`; returns 0, or the number of the signal that ended it early.
+    stop: StopSignal,
+    in_turn: bool = False,
+) -> Generator[Progress, None, int]:
+    """Train from `state.progress` to the end of `schedule`, one step for each value asked for, which is the progress.
 
+    Returns 0, or the number of the signal that ended it early. What happens between two steps is not in its seconds.
     forward: the state's model, compiled or wrapped for several ranks. loader: dicts with "image" (B, C, H, W) float32,
-    "mask" (B, gh, gw) bool, "index" (B,) int64 and "bad", names of unreadable images that were replaced.
+    "mask" (B, gh, gw) bool, "index" (B,) int64 and "bad", names of unreadable images that were replaced. in_turn: other
+    runs use the device between the steps.
     Raises UsageError when steps stay non-finite or too many images are unreadable; the last checkpoint then stands.
     """
     optimizer, scaler, progress = state.optimizer, state.scaler, state.progress
     overlap = world.device.type == "cuda"  # elsewhere torch may read a source that is already freed
     without_sync = getattr(forward, "no_sync", contextlib.nullcontext)
     state.model.train()
-    with StopSignal() as stop:
-        batches = iter(loader)
-        while progress.step < schedule.steps:
-            lr = schedule.lr_at(progress.step)
-            optim.set_lr(optimizer, lr)
-            optimizer.zero_grad(set_to_none=True)
-            loss = torch.zeros((), device=world.device)
-            waited, bad, indices = 0.0, [], []
-            for i in range(schedule.accum_steps):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                bad += batch["bad"]
-                indices += batch["index"].tolist()
-                images = batch["image"].to(world.device, non_blocking=overlap)
-                tiles = tiles_of(batch["mask"]).to(world.device, non_blocking=overlap)
-                with without_sync() if i < schedule.accum_steps - 1 else contextlib.nullcontext():
-                    with optim.autocast(world.device, config.train.precision):
-                        part = forward(images, tiles)[0] / schedule.accum_steps
-                    scaler.scale(part).backward()
-                loss += part.detach()
-            scaler.unscale_(optimizer)
-            grad_norm = optim.grad_norm(state.model)
-            # One collective and one host synchronisation a step, and all ranks decide alike.
-            local = torch.stack([loss, loss.new_full((), stop.received), loss.new_full((), len(bad)), grad_norm])
-            mean_loss, stopping, mean_bad, norm = world.mean(local).tolist()
-            finite = math.isfinite(norm) and math.isfinite(mean_loss)
-            if finite:
-                optim.clip(state.model, config.train.clip_grad, grad_norm)
-                scaler.step(optimizer)
-            scaler.update()
-            progress.step += 1
-            progress.bad_images += round(mean_bad * world.size)
-            log.bad_images(bad)
-            row = {
-                "step": progress.step,
-                "epoch": round(schedule.epoch_at(progress.step), 6),
-                "images": progress.step * schedule.effective_batch,
-                "loss": mean_loss if math.isfinite(mean_loss) else None,
-                "lr": lr,
-                "grad_norm": norm if math.isfinite(norm) else None,
-            }
-            if scaler.is_enabled():
-                row["loss_scale"] = scaler.get_scale()
-            if not finite:
-                row["skipped"] = True
-            log.step(row, waited)
-            if finite:
-                progress.skipped_in_a_row = 0
-            else:
-                overflow = scaler.is_enabled() and row["loss"] is not None
-                note_skipped(state, overflow, indices, config.train.max_nonfinite, log, hooks)
-            check_bad_share(progress.bad_images, row["images"], config.data.max_bad_share)
-            done = progress.step == schedule.steps
-            if done or crossed(schedule, progress.step, config.log.images_every):
-                hooks.picture()  # before the checkpoint: a run killed in between draws it again
-            if done or stopping or progress.step % config.checkpoint.every == 0:
-                hooks.save()
-            if stopping and not done:
-                return stop.received or signal.SIGTERM
+    batches = iter(loader)
+    mark = time.perf_counter()
+    while not schedule.is_over(progress.step, progress.seconds):
+        lr = schedule.lr_at(progress.step, progress.seconds)
+        optim.set_lr(optimizer, lr)
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=world.device)
+        waited, bad, indices = 0.0, [], []
+        for i in range(schedule.accum_steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            bad += batch["bad"]
+            indices += batch["index"].tolist()
+            images = batch["image"].to(world.device, non_blocking=overlap)
+            tiles = tiles_of(batch["mask"]).to(world.device, non_blocking=overlap)
+            with without_sync() if i < schedule.accum_steps - 1 else contextlib.nullcontext():
+                with optim.autocast(world.device, config.train.precision):
+                    part = forward(images, tiles)[0] / schedule.accum_steps
+                scaler.scale(part).backward()
+            loss += part.detach()
+        scaler.unscale_(optimizer)
+        grad_norm = optim.grad_norm(state.model)
+        # One collective and one host synchronisation a step, and all ranks decide alike.
+        now = time.perf_counter()
+        others = [loss.new_full((), value) for value in (stop.received, len(bad), now - mark)]
+        mark = now
+        mean_loss, norm, stopping, mean_bad, seconds = world.mean(torch.stack([loss, grad_norm, *others])).tolist()
+        finite = math.isfinite(norm) and math.isfinite(mean_loss)
+        if finite:
+            optim.clip(state.model, config.train.clip_grad, grad_norm)
+            scaler.step(optimizer)
+        scaler.update()
+        progress.step += 1
+        progress.seconds += seconds
+        progress.bad_images += round(mean_bad * world.size)
+        log.bad_images(bad)
+        row = {
+            "step": progress.step,
+            "epoch": round(schedule.epoch_at(progress.step), 6),
+            "images": progress.step * schedule.effective_batch,
+            "loss": mean_loss if math.isfinite(mean_loss) else None,
+            "lr": lr,
+            "grad_norm": norm if math.isfinite(norm) else None,
+        }
+        if scaler.is_enabled():
+            row["loss_scale"] = scaler.get_scale()
+        if not finite:
+            row["skipped"] = True
+        log.step(row, seconds, progress.seconds, waited)
+        if finite:
+            progress.skipped_in_a_row = 0
+        else:
+            overflow = scaler.is_enabled() and row["loss"] is not None
+            note_skipped(state, overflow, indices, config.train.max_nonfinite, log, hooks)
+        check_bad_share(progress.bad_images, row["images"], config.data.max_bad_share)
+        if in_turn and overlap:
+            torch.cuda.synchronize(world.device)  # the optimizer's work is this run's time
+        done, paused = schedule.is_over(progress.step, progress.seconds), time.perf_counter()
+        if done or crossed(schedule, progress.step, config.log.images_every):
+            hooks.picture()  # before the checkpoint: a run killed in between draws it again
+        if done or stopping or progress.step % config.checkpoint.every == 0:
+            hooks.save()
+        if stopping and not done:
+            return stop.received or signal.SIGTERM
+        yield progress
+        mark += time.perf_counter() - paused
     return 0
 
 

@@ -1,6 +1,7 @@
 """A run's folder: whose it is, how a run goes on in it, and what it leaves for its users.
 
-config.yaml  metrics.jsonl  tensorboard/  checkpoints/  reconstructions/*.png  loss.png  encoder.safetensors
+config.yaml  metrics.jsonl  times.jsonl  tensorboard/  checkpoints/  reconstructions/*.png  loss.png
+encoder.safetensors
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fcmae.files import write_whole
 from fcmae.layouts import timm
 from fcmae.train import checkpoint
 
-_ARTIFACTS = ("metrics.jsonl", "tensorboard", "checkpoints", "reconstructions", "encoder.safetensors")
+_ARTIFACTS = ("metrics.jsonl", "times.jsonl", "tensorboard", "checkpoints", "reconstructions", "encoder.safetensors")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def times(self) -> Path:
+        """One JSON object per logged step: what it took, which no repeated run repeats."""
+        return self.path / "times.jsonl"
 
     @property
     def checkpoints(self) -> Path:

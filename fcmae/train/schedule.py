@@ -11,26 +11,40 @@ from fcmae.errors import UsageError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Resolved numbers of a run. Steps are optimizer steps; an epoch is `dataset_size` images."""
+    """Resolved numbers of a run. Steps are optimizer steps; an epoch is `dataset_size` images.
+
+    A run ends after `steps`, or, where that is None, after `seconds` of training.
+    """
 
     dataset_size: int
     batch_size: int  # images per process and forward pass
     accum_steps: int
     effective_batch: int
-    steps: int
+    steps: int | None
     warmup_epochs: float
     epochs: float
     peak_lr: float
     min_lr: float
+    seconds: float | None = None
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data completed after `step` steps."""
         return step * self.effective_batch / self.dataset_size
 
-    def lr_at(self, step: int) -> float:
+    @property
+    def goal(self) -> str:
+        """Where a run ends, in words."""
+        return f"{self.seconds:g} s" if self.steps is None else str(self.steps)
+
+    def is_over(self, step: int, seconds: float) -> bool:
+        """Whether a run that made so many steps in so many seconds of training is at its end."""
+        return seconds >= self.seconds if self.steps is None else step >= self.steps
+
+    def lr_at(self, step: int, seconds: float = 0.0) -> float:
         """Learning rate of step number `step`, counted from 0: linear warm-up from 0, then half a cosine to min_lr,
-        both over fractions of epochs, as MAE's `lr_sched` (arXiv 2111.06377 appendix A.1)."""
-        epoch = self.epoch_at(step)
+        both over fractions of epochs, as MAE's `lr_sched` (arXiv 2111.06377 appendix A.1). A run limited in time is
+        where its share of the seconds says, and `seconds` are those that it has trained."""
+        epoch = self.epoch_at(step) if self.steps is not None else self.epochs * seconds / self.seconds
         if epoch < self.warmup_epochs:
             return self.peak_lr * epoch / self.warmup_epochs
         done = min(1.0, (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs))
@@ -65,7 +79,9 @@ def make_schedule(train: TrainConfig, dataset_size: int, world_size: int) -> Sch
             f"a batch of {batch} images (train.batch_size {train.batch_size} x accum_steps {accum} x processes "
             f"{world_size}) is larger than the dataset of {dataset_size}; lower {lower}"
         )
-    if train.steps is None:
+    if train.seconds is not None:
+        epochs, steps = float(train.epochs), None
+    elif train.steps is None:
         epochs, steps = float(train.epochs), max(1, math.ceil(train.epochs * dataset_size / batch))
     else:
         epochs, steps = train.steps * batch / dataset_size, train.steps
@@ -76,4 +92,15 @@ def make_schedule(train: TrainConfig, dataset_size: int, world_size: int) -> Sch
     lr = train.base_lr * batch / 256 if train.lr is None else train.lr
     if train.min_lr > lr:
         raise UsageError(f"train.min_lr={train.min_lr:g} exceeds the peak learning rate {lr:g}")
-    return Schedule(dataset_size, train.batch_size, accum, batch, steps, train.warmup_epochs, epochs, lr, train.min_lr)
+    return Schedule(
+        dataset_size,
+        train.batch_size,
+        accum,
+        batch,
+        steps,
+        train.warmup_epochs,
+        epochs,
+        lr,
+        train.min_lr,
+        train.seconds,
+    )

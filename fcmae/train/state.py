@@ -20,6 +20,7 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
     bad_images: int = 0  # unreadable images replaced, over all ranks
+    seconds: float = 0.0  # spent in steps, the mean of all ranks; checkpoints and pictures are not counted
 
 
 @dataclass
@@ -66,7 +67,7 @@ class TrainState:
         self.model.load_state_dict(payload["model"], strict=True)
         self.optimizer.load_state_dict(training.in_order_of(payload["optimizer"], self.optimizer.state_dict()))
         self.scaler.load_state_dict(payload["scaler"])
-        self.progress = Progress(**{key: payload[key] for key in asdict(Progress())})
+        self.progress = Progress(**{key: payload.get(key, value) for key, value in asdict(Progress()).items()})
         torch.set_rng_state(payload["rng"]["torch"])
         if torch.cuda.is_initialized():
             for device, rng in enumerate(payload["rng"]["cuda"][: torch.cuda.device_count()]):
