@@ -156,18 +156,21 @@ def test_killed_and_continued_the_arms_are_the_same(place, done, tmp_path, turns
 
 
 def test_the_same_command_again_does_nothing_and_another_question_is_answered(place, done, capsys):
-    out, before = done[0], (done[0] / "report.json").read_bytes()
+    out = done[0]
+    files = [out / name for name in ("report.json", "report.html")]
+    before = [file.read_bytes() for file in files]
     given = arguments(place, out, labelled(place), "arms_in_turn=true")
     assert main(given) == 0
     assert "the comparison is complete" in capsys.readouterr().out
-    assert (out / "report.json").read_bytes() == before
+    assert [file.read_bytes() for file in files] == before
     worst = max(arm["curve"]["smooth"][0] for arm in done[2]["arms"].values())
     assert main([*given, f"time_to_loss={worst}"]) == 0
     asked = json.loads((out / "report.json").read_text())
     assert asked["time_to_loss"] == {"loss": worst, "given": True}
     assert [arm["to_loss"]["step"] for arm in asked["arms"].values()].count(1) >= 1
     assert "complete" not in capsys.readouterr().out.splitlines()[-1]
-    (out / "report.json").write_bytes(before)
+    for file, content in zip(files, before, strict=True):
+        file.write_bytes(content)
 
 
 def test_curves_pace_and_time_to_loss(done):
@@ -368,7 +371,7 @@ def test_the_page_has_every_figure_and_needs_no_network(done):
             assert value in text, (what, value)
     for name in ARMS:
         arm = found["arms"][name]
-        for figure in (f"{arm['final_loss']:.4f}", f"{arm['seconds']:.1f}", f"{arm['flops']['whole'] / 1e9:.3g}"):
+        for figure in (f"{arm['final_loss']:.4f}", f"{arm['seconds']:.1f}", f"{arm['flops']['whole'] / 1e9:#.3g}"):
             assert figure in text
         for state in ("trained", "random"):
             assert f"{100 * arm['representation'][state]['knn']['top1']:.1f} %" in text
@@ -400,6 +403,7 @@ def test_the_page_s_figures_are_those_of_the_json(done):
     assert curve.findall(report.html(changed, None)) != curve.findall(before)
 
 
+@pytest.mark.slow
 def test_without_labels_there_is_no_accuracy(place, tmp_path):
     assert main(arguments(place, tmp_path / "out", "budget.steps=1", "train.warmup_epochs=0")) == 0
     found = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -408,6 +412,7 @@ def test_without_labels_there_is_no_accuracy(place, tmp_path):
     assert "kNN" not in page and page.count("<svg") == 2
 
 
+@pytest.mark.slow
 def test_a_budget_of_seconds(place, tmp_path):
     """Each arm ends with the first step beyond it, its learning rate follows the clock, and a resumed arm has only
     what is left."""

@@ -57,7 +57,6 @@ def distances(arms: dict[str, dict]) -> str:
     ax.plot([], [], "--", color="#555", label="random initialisation")
     ax.set_xlabel("depth: share of the encoder's blocks passed")
     ax.set_ylabel("cosine distance")
-    ax.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", frameon=False, ncols=len(arms) + 1, fontsize=8)
     return _svg(figure, "Mean cosine distance of channels after each block of the encoder")
 

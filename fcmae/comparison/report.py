@@ -63,7 +63,7 @@ def table(report: dict) -> Iterator[tuple[str, list[str]]]:
     yield row("model", lambda a: a["model"])
     yield row("parameters, million: encoder / whole", lambda a: pair(a["parameters"], 1e6))
     yield row("GFLOPs an image: encoder on visible regions / whole forward", lambda a: pair(a["flops"], 1e9))
-    yield row("GFLOPs an image: encoder on all regions", lambda a: f"{a['flops']['encoder_dense'] / 1e9:.3g}")
+    yield row("GFLOPs an image: encoder on all regions", lambda a: f"{a['flops']['encoder_dense'] / 1e9:#.3g}")
     yield row("steps", lambda a: f"{a['steps']:,}")
     yield row("images seen", lambda a: f"{a['images']:,}")
     yield row("seconds of training", lambda a: f"{a['seconds']:.1f}")
@@ -183,7 +183,7 @@ def rate(arm: dict) -> str:
 
 def pair(counts: dict, unit: float) -> str:
     """Encoder and whole."""
-    return f"{counts['encoder'] / unit:.3g} / {counts['whole'] / unit:.3g}"
+    return f"{counts['encoder'] / unit:#.3g} / {counts['whole'] / unit:#.3g}"
 
 
 def memory(arm: dict) -> str:
