@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor
 
 from fcmae.errors import UsageError
@@ -27,7 +26,7 @@ from fcmae.layouts.running import Outputs, moved_by_timm, outputs
 from fcmae.layouts.spec import Spec, Told, VitSpec, read_spec
 from fcmae.report import describe
 from fcmae.resizing import moved, pair, with_size
-from fcmae.weights import Weights, read_checkpoint, read_weights
+from fcmae.weights import Weights, read_checkpoint, read_weights, write_safetensors
 
 __all__ = ["convert", "main", "read_checkpoint"]
 
@@ -273,8 +272,7 @@ def _written(write: Callable, made: dict[str, Tensor], spec: Spec, path: Path, s
 
 def _write_tensors(dst: Path, content: dict) -> None:
     if dst.suffix == ".safetensors":
-        # One entry only: safetensors writes several in random order, and equal weights should be equal files.
-        write_whole(dst, lambda file: file.write(save(content, metadata={"format": "pt"})))
+        write_safetensors(dst, content)
     else:
         write_whole(dst, lambda file: torch.save(content, file))
 

@@ -1,4 +1,4 @@
-"""Reading weights: any file or folder whose layout is known, without running code from it."""
+"""Weights in files: reading any file or folder whose layout is known, without running code from it; writing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fcmae.errors import UsageError
+from fcmae.files import write_whole
 from fcmae.layouts import FAMILIES, Layout
 from fcmae.layouts.spec import Spec, Told, read_spec
 
@@ -133,9 +134,11 @@ def check_archive(path: str | Path) -> None:
         raise UsageError(f"{path} is damaged: the checksum of {bad} does not match")
 
 
-def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors whose names start with `name` and a dot, without it."""
-    return {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write contiguous tensors as a `.safetensors` file, whole or not at all; equal tensors make equal files."""
+    # One entry only: safetensors writes several in random order.
+    data = save(tensors, metadata={"format": "pt"})
+    write_whole(path, lambda file: file.write(data))
 
 
 def _load(path: Path) -> dict:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from safetensors.torch import save
 from torch import nn
 
 from fcmae import config as settings
 from fcmae.errors import UsageError
-from fcmae.files import write_whole
 from fcmae.layouts import timm
 from fcmae.train import checkpoint
+from fcmae.weights import write_safetensors
 
 _ARTIFACTS = ("metrics.jsonl", "times.jsonl", "tensorboard", "checkpoints", "reconstructions", "encoder.safetensors")
 
@@ -118,6 +117,4 @@ class RunFolder:
 
     def export_encoder(self, model: nn.Module) -> None:
         """Write `encoder.safetensors`, which timm loads as its model of the same size."""
-        # One entry only: safetensors writes several in random order, and equal runs should leave equal files.
-        data = save(timm.from_model(model.state_dict()), metadata={"format": "pt"})
-        write_whole(self.encoder, lambda file: file.write(data))
+        write_safetensors(self.encoder, timm.from_model(model.state_dict()))
