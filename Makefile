@@ -1,6 +1,7 @@
 # make quickstart | test | test-slow | lint | venv | minkowski | clean
 # ARGS="…" is handed on:           make quickstart ARGS="sparse.backend=dense out=runs/other"
 # VENV=… names another environment, PYTHON=… the interpreter that makes it.
+# The tests run in several processes of one thread each; ARGS="-n 0" runs them in one, with torch's own threads.
 
 PYTHON ?= python3
 ifeq ($(VENV),)
@@ -8,6 +9,8 @@ override VENV := .venv
 endif
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fcmae-installed
+# Small models gain nothing from threads, and the threads of two processes slow each other down.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart test test-slow lint venv minkowski clean
 
@@ -15,10 +18,10 @@ quickstart: venv
 	$(PY) -m fcmae.pretrain configs/pretrain/quickstart.yaml $(ARGS)
 
 test: venv
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: venv
-	$(PY) -m pytest -q -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: venv
 	$(PY) -m ruff check . $(ARGS)
