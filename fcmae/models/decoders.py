@@ -25,14 +25,14 @@ HEADS = 16  # of ViT blocks, where no other number is given
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """dims: the encoder's widths. dim, depth, heads: the decoder's. norm: in ConvNeXt blocks. grid: regions (gh, gw) of
-    the model's images. stride: pixels of a region's side. in_chans: of images. predicted: numbers for a region; pixels:
-    whether they are its pixels."""
+    """dims: the encoder's widths. dim, depth, heads (of ViT blocks): the decoder's. norm: in ConvNeXt blocks. grid:
+    regions (gh, gw) of the model's images. stride: pixels of a region's side. in_chans: of images. predicted: numbers
+    for a region; pixels: whether they are its pixels."""
 
     dims: tuple[int, ...]
     dim: int
     depth: int
-    heads: int
+    heads: int | None
     norm: str
     grid: tuple[int, int]
     stride: int
@@ -60,7 +60,7 @@ class ConvNeXtDecoder:
 
     @staticmethod
     def decode(model: nn.Module, features: Tensor, tiles: Tiles) -> Tensor:
-        """Prediction (B, L, predicted) from features (B, gh, gw, dims[3]), with `skips` a list, one map of each stage."""
+        """Prediction (B, L, predicted) from features (B, gh, gw, dims[3]), with `skips` one map of each stage."""
         x = torch.where(tiles.mask[..., None], model.mask_token, model.proj(features))
         for block in model.decoder:
             x = block(x, DenseSupport())

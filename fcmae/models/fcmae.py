@@ -58,14 +58,15 @@ class FCMAE(MaskedAutoencoder):
         super().__init__(image_size, in_chans, self.patch_size, self.mask_unit, mask_ratio, norm_pix, norm_window, pca)
         self.backend, self.grn, self.norm = resolve_backend(backend), grn, norm
         self.decoder_kind, kind = decoder, find_decoder(decoder, decoder_heads)
-        self.fixed_size, self.decoder_heads = kind.fixed_size, decoder_heads
+        heads = (HEADS if decoder_heads is None else decoder_heads) if decoder == "vit" else None
+        self.fixed_size, self.decoder_heads = kind.fixed_size, heads
         if self.backend == MINKOWSKI:
             _check_minkowski(norm, kind.skips, decoder)
         self.encoder = ConvNeXtV2(in_chans, depths, dims, grn, norm)
         grid = self.image_size[0] // STRIDE, self.image_size[1] // STRIDE
         sizes = DecoderSizes(
-            tuple(dims), decoder_dim, decoder_depth, HEADS if decoder_heads is None else decoder_heads, norm, grid,
-            STRIDE, in_chans, self.predicted, pixels=pca is None,
+            tuple(dims), decoder_dim, decoder_depth, heads, norm, grid, STRIDE, in_chans, self.predicted,
+            pixels=pca is None,
         )  # fmt: skip
         kind.build(self, sizes)
         self.apply(_init_weights)
