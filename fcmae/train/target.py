@@ -28,6 +28,7 @@ def fit_target(model: MaskedAutoencoder, dataset: MaskedImages, workers: int, wo
         if model.target.fitted:
             return None
         count = len(model.target.basis)
+        print(f"finding {count} principal components of the images' patches", flush=True)
         mean, basis, share, n = principal_components(_patches(model, dataset, workers), count)
         said = f"target: the top {count} principal components of {n:,} patches, with {share:.1%} of their variance"
         return mean, basis, said
