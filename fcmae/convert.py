@@ -112,7 +112,7 @@ def convert(
         if with_decoder or in_chans < 1:
             raise UsageError(f"--in-chans {in_chans}: 1 or more, and without --with-decoder, which predicts pixels")
         state, channels = _with_stem(state, spec, in_chans, stem)
-    layout = _target(spec, to)
+    layout = _target(spec, to, with_decoder)
     state = _parts(state, spec, layout, with_decoder)
     if layout.ends_in_norm:
         state = timm.with_norm(state)
@@ -160,7 +160,7 @@ def check_target(dst: Path, to: str, force: bool) -> None:
 
 def _whole_run(weights: Weights, to: str, dst: Path, verify: bool, say: Callable[[str], None]) -> None:
     """A checkpoint that a run goes on from, optimizer and all, in the layout of another backend."""
-    layout, spec = _target(weights.spec, to), weights.spec
+    layout, spec = _target(weights.spec, to, with_decoder=True), weights.spec
     describe(weights, layout, weights.ours, spec, f"{dst}: {to} layout ({layout.text})", say)
     payload = training.translate(weights.training, layout.from_fcmae if to != "fcmae" else weights.layout.to_fcmae)
     run = partial(outputs, to, payload["model"], spec)
@@ -170,20 +170,18 @@ def _whole_run(weights: Weights, to: str, dst: Path, verify: bool, say: Callable
     say(f"written   {dst}, with the state of the optimizer: a run goes on from it with resume={dst}")
 
 
-def _target(spec: Spec, to: str) -> Layout:
+def _target(spec: Spec, to: str, with_decoder: bool) -> Layout:
     """The layout of a target that holds such a model; ONNX and torch.export begin with timm's."""
-    layouts = FAMILIES[spec.family]
-    if to in GRAPHS:
-        return layouts["timm"]
-    if to not in layouts:
+    layouts, name = FAMILIES[spec.family], "timm" if to in GRAPHS else to
+    if name not in layouts:
         raise UsageError(f"--to {to} cannot hold a {spec.name or spec.title}; {', '.join(layouts)} can")
-    if not spec.demands <= layouts[to].holds:
-        able = [name for name, layout in layouts.items() if spec.demands <= layout.holds]
-        raise UsageError(
-            f"--to {to} cannot hold a ViT whose last norm follows the mean of its tokens (fc_norm); "
-            f"{', '.join(able)} can"
-        )
-    return layouts[to]
+    # Whether there is a place for a decoder at all is another question.
+    demands = spec.demands(with_decoder and "decoder" in layouts[name].holds)
+    for need, text in demands.items():
+        if need not in layouts[name].holds:
+            able = [each for each, layout in layouts.items() if spec.demands(with_decoder).keys() <= layout.holds]
+            raise UsageError(f"--to {to} cannot hold {text}; {', '.join(able)} can")
+    return layouts[name]
 
 
 def _parts(state: dict[str, Tensor], spec: Spec, layout: Layout, with_decoder: bool) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,29 +49,42 @@ def check_window(image_size: tuple[int, int], window: int) -> None:
         raise UsageError(f"loss.norm_window={window} does not divide the image size {h}x{w}")
 
 
+def target_patches(images: Tensor, patch: int, norm_pix: bool, norm_window: int | None) -> Tensor:
+    """What is to be predicted, (B, L, p*p*C) of images (B, C, H, W): the pixels, normalized per window if norm_pix."""
+    return patchify(normalize_windows(images, norm_window or patch) if norm_pix else images, patch)
+
+
 def spread(mask: Tensor, times: int) -> Tensor:
     """A mask (B, gh, gw) of units as one of patches (B, gh*times, gw*times), `times` patches along a unit's side."""
     return mask.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
 def masked_pixel_loss(
-    pred: Tensor, images: Tensor, mask: Tensor, patch: int, norm_pix: bool = True, norm_window: int | None = None
+    pred: Tensor,
+    images: Tensor,
+    mask: Tensor,
+    patch: int,
+    norm_pix: bool = True,
+    norm_window: int | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Mean over a patch's pixels, then over the masked patches of the whole batch; a scalar in fp32 (fp64 for fp64).
 
     pred: (B, L, p*p*C), pixel order (p, p, C). images: (B, C, H, W), the target. mask: (B, gh, gw) bool, True = masked,
     one entry for every mask unit (a multiple of the patch). norm_window: side in pixels of the windows that norm_pix
-    normalizes, the patch by default; both sides of an image must be multiples of it.
+    normalizes, the patch by default; both sides of an image must be multiples of it. project: what makes the target of
+    a patch's pixels, (B, L, p*p*C) to (B, L, k), where pred is (B, L, k) and the mean one over k numbers.
     Raises UsageError when a window does not divide the image.
     """
-    window = norm_window or patch
     h = images.shape[-2]
     if norm_pix:
-        check_window(tuple(images.shape[-2:]), window)
+        check_window(tuple(images.shape[-2:]), norm_window or patch)
     with torch.autocast(images.device.type, enabled=False):
         wide = torch.promote_types(pred.dtype, torch.float32)
         images = images.to(wide)
-        target = patchify(normalize_windows(images, window) if norm_pix else images, patch)
+        target = target_patches(images, patch, norm_pix, norm_window)
+        if project is not None:
+            target = project(target)
         per_patch = (pred.to(wide) - target).square().mean(-1)  # (B, L)
         masked = spread(mask, h // patch // mask.shape[1]).flatten(1).to(wide)
         return (per_patch * masked).sum() / masked.sum()

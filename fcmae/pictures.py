@@ -22,14 +22,16 @@ def reconstruct(model: torch.nn.Module, images: Tensor, mask: Tensor | Tiles) ->
 
     images: (B, C, H, W) as the model takes them. mask: (B, gh, gw) bool, True = masked; hidden pixels of the masked
     image are NaN. With norm_pix the prediction is brought back to pixels by the true statistics of each window, which
-    the model has not seen: say so wherever the picture is shown (`TRUE_STATISTICS`).
+    the model has not seen: say so wherever the picture is shown (`TRUE_STATISTICS`). Predicted principal components are
+    brought back to pixels through their basis.
     """
     was_training = model.training
     model.eval()
     _, pred, mask = model(images, mask)
     model.train(was_training)
     size = tuple(images.shape[-2:])
-    filled = unpatchify(pred.float(), model.patch_size, size)
+    patches = pred.float() if model.target is None else model.target.restore(pred.float())
+    filled = unpatchify(patches, model.patch_size, size)
     if model.norm_pix:
         window = model.norm_window or model.patch_size
         mean, std = (

@@ -31,6 +31,7 @@ from fcmae.train.log import Log
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import make_schedule
 from fcmae.train.state import Progress, TrainState
+from fcmae.train.target import fit_target
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,6 +107,8 @@ def steps_of(
         if world.is_main:
             print(f"{folder.path} is complete at step {start}{'' if label else '; out=... starts another run'}")
         return 0
+    workers = worker_count(config.data.workers)
+    fitted = fit_target(model, dataset, workers, world)  # not what a checkpoint or init brought
     forward = compiled(model, world.device) if config.train.compile else model
     held: list = []  # the folder's lock, until this function ends
     world.on_main(lambda: held.append(folder.claim(config)))
@@ -114,8 +117,8 @@ def steps_of(
     log = Log(folder, config.log, state.progress, schedule, world.is_main, label)
     for line in warnings:
         log.say(f"warning: {line}")
-    if beginning:
-        log.say(beginning)
+    for line in filter(None, (beginning, fitted)):
+        log.say(line)
 
     stream = SampleStream(
         len(dataset),
@@ -128,9 +131,9 @@ def steps_of(
         end_step=sys.maxsize if schedule.steps is None else schedule.steps,
     )
     pin = config.data.pin_memory and world.device.type == "cuda"
-    loader = make_loader(dataset, stream, worker_count(config.data.workers), config.data.prefetch, pin_memory=pin)
+    loader = make_loader(dataset, stream, workers, config.data.prefetch, pin_memory=pin)
     if world.size > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)  # positions: fixed
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)  # fixed, or of rank 0's checkpoint
 
     def write_checkpoint() -> None:
         log.sync()
@@ -176,6 +179,8 @@ def build_dataset(config: Config, model: MaskedAutoencoder) -> MaskedImages:
         flip=d.flip,
         mean=d.mean,
         std=d.std,
+        crop=d.crop,
+        color_jitter=d.color_jitter,
     )
     dataset = MaskedImages(
         open_source(d.source, config.model.in_chans),

@@ -17,6 +17,7 @@ from fcmae.errors import UsageError
 from fcmae.files import write_whole
 from fcmae.layouts import FAMILIES, Layout
 from fcmae.layouts.spec import Spec, Told, read_spec
+from fcmae.models.decoders import HEADS
 
 # Under which names training scripts keep the weights among other things; the averaged ones with `ema`.
 ENTRIES = ("model", "state_dict", "module")
@@ -186,7 +187,8 @@ def _agreed(given: Told, found: Told, path: Path) -> Told:
 def _told_by_run(checkpoint: dict) -> Told:
     """From the configuration in a checkpoint of a run."""
     model = (checkpoint.get("config") or {}).get("model") or {}
-    return Told(model.get("heads"), model.get("decoder_heads"), _pair(model.get("image_size")))
+    default = HEADS if model.get("decoder") == "vit" else None
+    return Told(model.get("heads"), model.get("decoder_heads") or default, _pair(model.get("image_size")))
 
 
 def _told_by_folder(path: Path) -> Told:

@@ -14,7 +14,7 @@ from fcmae.layouts import timm as timm_layout
 from fcmae.loss import spread
 from fcmae.masking import mask_from_noise
 from fcmae.models import VIT_SIZES
-from fcmae.models.mae import positions
+from fcmae.models.vit import positions
 from helpers import TOLERANCE, close, golden, masks, section, shake
 
 SMALL = dict(patch_size=8, dim=24, depth=2, heads=3, decoder_dim=16, decoder_depth=1, decoder_heads=2)

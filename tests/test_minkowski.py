@@ -57,6 +57,17 @@ def test_equals_the_reference(size, in_chans, batch, grn, dtype):
     close(model.encode(images), reference.encode(images), TOLERANCE[dtype])
 
 
+def test_a_decoder_of_vit_blocks_and_components_go_with_it():
+    size = {"image_size": (96, 64), "decoder": "vit", "decoder_heads": 4, "pca": 5}
+    reference, model = pair(torch.float64, **size)
+    for m in (reference, model):
+        m.target.set(torch.zeros(3072), torch.eye(3072)[:5])
+    images = torch.randn(2, 3, 96, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask = masks(2, (3, 2))
+    close(model(images, mask)[1], reference(images, mask)[1], TOLERANCE[torch.float64])
+    assert LAYOUTS["minkowski"].to_fcmae(model.state_dict()).keys() == reference.state_dict().keys()
+
+
 def test_the_map_has_the_full_grid():
     _, model = pair(image_size=128)
     mask = torch.ones(2, 4, 4, dtype=torch.bool)

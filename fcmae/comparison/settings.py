@@ -128,6 +128,9 @@ def check_alike(models: dict[str, MaskedAutoencoder], schedules: dict[str, Sched
         "mask.ratio": {name: m.mask_ratio for name, m in models.items()},
         "train.effective_batch": {name: s.effective_batch for name, s in schedules.items()},
     }
+    rows["loss.pca"] = {
+        name: m.target and f"{m.predicted} components of {m.patch_size} px" for name, m in models.items()
+    }
     if next(iter(models.values())).norm_pix:
         rows["loss.norm_window"] = {name: m.norm_window or m.patch_size for name, m in models.items()}
     for key, values in rows.items():

@@ -1,4 +1,4 @@
-"""What happens to a decoded image before the model sees it: random resized crop, flip, scale, normalize."""
+"""What happens to a decoded image before the model sees it: crop, flip, colour jitter, scale, normalize."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, nearest
+
+CROPS = ("random", "fixed", "center")
+SURROUND = 256 / 224  # what the shorter side is resized to, of a fixed or centre crop
+JITTERED = (1, 3)  # channels that colour jitter is for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -38,13 +42,18 @@ def make_transform(
     flip: float = 0.5,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    crop: str = "random",
+    color_jitter: float = 0.0,
 ) -> Callable[[Tensor], Tensor]:
     """A torchvision v2 pipeline, (C, H, W) uint8 or float32 -> (C, *image_size) float32, normalized.
 
-    The augmentation of MAE (arXiv 2111.06377, appendix A.1) and FCMAE: crops of `crop_scale` of the area,
-    aspect 3/4 to 4/3, bicubic; `flip` is the probability of a horizontal flip. 8-bit pixels stay in [0, 1]
+    crop `random` is the augmentation of MAE (arXiv 2111.06377, appendix A.1) and FCMAE: crops of `crop_scale` of the
+    area, aspect 3/4 to 4/3, bicubic; `flip` is the probability of a horizontal flip. 8-bit pixels stay in [0, 1]
     (uint8 saturates when resized); float images may overshoot their range a little, as bicubic does.
-    Randomness: torch's CPU generator.
+    The others are of MAE's table 1e: `fixed` resizes the image, aspect kept, until its shorter side is 256/224 of the
+    crop's, and cuts a random crop of image_size out; `center` the centre. color_jitter scales brightness, contrast and
+    saturation by factors in [1 - j, 1 + j]; pixels are then in [0, 1].
+    Randomness: torch's CPU generator. Raises UsageError for values out of range.
     """
     from torchvision.transforms import InterpolationMode, v2
 
@@ -53,18 +62,33 @@ def make_transform(
         raise UsageError(f"crop_scale={[low, high]} are shares of the image's area: 0 < low <= high <= 1")
     if not 0 <= flip <= 1:
         raise UsageError(f"flip={flip} is a probability; it must lie between 0 and 1")
+    if crop not in CROPS:
+        raise UsageError(f"unknown data.crop {crop!r}; known: {', '.join(CROPS)}{nearest(crop, CROPS)}")
+    if color_jitter and in_chans not in JITTERED:
+        raise UsageError(f"data.color_jitter={color_jitter} is for 1 or 3 channels, not {in_chans}; set it to 0")
     mean, std = stats(in_chans, mean, std)
+    size, bicubic = tuple(image_size), InterpolationMode.BICUBIC
+    if crop == "random":
+        cut = [v2.RandomResizedCrop(size, (low, high), ratio=(3 / 4, 4 / 3), interpolation=bicubic, antialias=True)]
+    else:
+        cut = [Surrounding(size), v2.RandomCrop(size) if crop == "fixed" else v2.CenterCrop(size)]
+    jitter = [v2.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
     return v2.Compose(
-        [
-            v2.RandomResizedCrop(
-                tuple(image_size),
-                scale=(low, high),
-                ratio=(3 / 4, 4 / 3),
-                interpolation=InterpolationMode.BICUBIC,
-                antialias=True,
-            ),
-            v2.RandomHorizontalFlip(flip),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
-        ]
+        [*cut, v2.RandomHorizontalFlip(flip), *jitter, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     )
+
+
+class Surrounding:
+    """Resizes an image, aspect kept and bicubic, so that a crop of (H, W) pixels is 224/256 of its shorter side."""
+
+    def __init__(self, crop: tuple[int, int]):
+        self.crop = crop
+
+    def __call__(self, image: Tensor) -> Tensor:
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional as F
+
+        sides = image.shape[-2:]
+        scale = SURROUND * max(c / s for c, s in zip(self.crop, sides, strict=True))
+        size = [max(c, round(s * scale)) for c, s in zip(self.crop, sides, strict=True)]
+        return F.resize(image, size, InterpolationMode.BICUBIC, antialias=True)

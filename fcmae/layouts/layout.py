@@ -24,9 +24,10 @@ class Layout:
 
     name: as `--to` takes it. text: whose it is. names: our keys and theirs; ours(their key, tensor) and
     theirs(their key, tensor) give the other side's shape, permuting elements at most. marks: keys that, together, only
-    this layout has. holds: which parts it has a place for besides the encoder: "decoder", "head", and "average", a
-    ViT's head on the mean of its tokens. family: "convnext" or "vit". ends_in_norm: its models have a norm after the
-    encoder, classifier or not. licence: what to say of published weights that come in it.
+    this layout has. holds: what it has a place for besides the encoder: "decoder", "head", "average", a ViT's head on
+    the mean of its tokens, "layer_scale", ConvNeXt V1's blocks, "norms", those with other norms, "variants" of decoder
+    and target, and "skips", a decoder that uses them. family: "convnext" or "vit". ends_in_norm: its models have a norm
+    after the encoder, classifier or not. licence: what to say of published weights that come in it.
     """
 
     name: str

@@ -24,6 +24,7 @@ DECODER = (
     "decoder_norm.{p}",
     "decoder_pred.{p}",
 )
+VARIANTS = ("encoder_mask_token", "target.mean", "target.basis")  # of this toolkit alone
 # A classifier on the class token, or with `fc_norm` in the place of `norm` on the mean of the patches' tokens.
 HEAD = ("head.{p}", "fc_norm.{p}")
 
@@ -31,15 +32,26 @@ _WHOLE, _VIT = ("cls_token", "decoder_embed.weight"), ("cls_token", "patch_embed
 _TERMS = "under CC BY-NC 4.0: not for commercial use"
 
 
-def _layout(name: str, text: str, keys: tuple[str, ...], holds: set[str], marks: tuple[str, ...], licence="") -> Layout:
+class OfficialLayout(Layout):
+    """Has no place for this toolkit's variants."""
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        return super().recognises(state) and not any(key in state for key in VARIANTS)
+
+
+def _layout(
+    name: str, text: str, keys: tuple[str, ...], holds: set[str], marks: tuple[str, ...], licence="", cls=Layout
+) -> Layout:
     names = Names({key: key for key in keys})
-    return Layout(name, text, names, marks=marks, holds=frozenset(holds), family="vit", licence=licence)
+    return cls(name, text, names, marks=marks, holds=frozenset(holds), family="vit", licence=licence)
 
 
-FCMAE = _layout("fcmae", "this toolkit", (*ENCODER, *DECODER, *HEAD), {"decoder", "head", "average"}, _WHOLE)
+FCMAE = _layout(
+    "fcmae", "this toolkit", (*ENCODER, *DECODER, *VARIANTS, *HEAD), {"decoder", "head", "average", "variants"}, _WHOLE
+)
 OFFICIAL = _layout(
     "official", "the authors' MAE pretraining", (*ENCODER, *DECODER), {"decoder"}, _WHOLE,
-    f"the authors' published MAE weights are {_TERMS}",
+    f"the authors' published MAE weights are {_TERMS}", OfficialLayout,
 )  # fmt: skip
 TIMM = _layout(
     "timm", "timm's ViT", (*ENCODER, *HEAD), {"head", "average"}, _VIT,

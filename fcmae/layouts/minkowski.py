@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fcmae.errors import UsageError
-from fcmae.layouts.fcmae import DECODER, DECODER_BLOCKS, HEAD
+from fcmae.layouts.fcmae import DECODER, DECODER_BLOCKS, HEAD, TARGET, VIT_DECODER
 from fcmae.layouts.layout import Layout
 from fcmae.layouts.names import Names
 
@@ -56,9 +56,9 @@ def _is_row(key: str) -> bool:
 LAYOUT = Layout(
     "minkowski",
     "MinkowskiEngine's encoder",
-    Names(ENCODER | {key: key for key in (*DECODER, *DECODER_BLOCKS, *HEAD)}),
+    Names(ENCODER | {key: key for key in (*DECODER, *DECODER_BLOCKS, *VIT_DECODER, *TARGET, *HEAD)}),
     marks=("encoder.downsample_layers.1.1.kernel",),
     ours=densified,
     theirs=sparsified,
-    holds=frozenset({"decoder", "head"}),
+    holds=frozenset({"decoder", "head", "variants"}),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcmae.models.mae import positions
+from fcmae.models.vit import positions
 
 
 def fixed_grid(pos_embed: Tensor) -> tuple[int, int] | None:

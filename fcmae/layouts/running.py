@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import timm
@@ -11,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.layouts import FAMILIES, LAYOUTS, VIT_LAYOUTS, hf_models
-from fcmae.layouts.hf_models import RATIO, Outputs, hidden
+from fcmae.layouts.hf_models import Outputs, hidden
 from fcmae.layouts.spec import ConvNextSpec, Spec, VitSpec
 from fcmae.layouts.timm import with_norm
-from fcmae.models.fcmae import FCMAE
-from fcmae.models.mae import MAE
+from fcmae.models.layers import LAYER_SCALE
 
 
 @torch.no_grad()
@@ -23,10 +23,10 @@ def outputs(layout: str, state: dict[str, Tensor], spec: Spec, images: Tensor) -
     """What the network of a state dict in `layout` makes of images (B, C, H, W), in float32 on the CPU.
 
     timm's and transformers' layouts run in timm and transformers, loaded strictly; the authors' through this toolkit's
-    dense network, to which theirs was proven equal (tests/test_golden.py).
+    dense network, to which theirs was proven equal (tests/test_golden.py), and so does what timm has no model for.
     """
     state = {key: x.float() for key, x in state.items()}
-    if layout in RUNNERS:
+    if layout in RUNNERS and spec.demands(False).keys() <= FAMILIES[spec.family][layout].holds:
         return RUNNERS[layout](state, spec, images)
     ours = FAMILIES[spec.family][layout].to_fcmae(state)
     return (_mae if isinstance(spec, VitSpec) else _fcmae)(ours, spec, images)
@@ -49,21 +49,22 @@ def timm_model(spec: Spec, state: dict[str, Tensor]) -> nn.Module:
         common["global_pool"] = "avg" if spec.fc_norm else "token"
     else:
         common["conv_mlp"] = state["stages.0.blocks.0.mlp.fc1.weight"].ndim == 4  # whoever made it chose
+        v1 = spec.block_norm == "none"
+        common |= {"use_grn": not v1, "ls_init_value": LAYER_SCALE if v1 else None}
     if spec.name is not None:
         return timm.create_model(spec.name, **common).eval()
     if isinstance(spec, VitSpec):
         sizes = {"patch_size": spec.patch_size, "embed_dim": spec.dim, "depth": spec.depth}
         return timm.models.VisionTransformer(**sizes, **common).eval()
-    sizes = {"depths": spec.depths, "dims": spec.dims, "use_grn": True, "ls_init_value": None}
+    sizes = {"depths": spec.depths, "dims": spec.dims}
     return timm.models.convnext.ConvNeXt(**sizes, **common).eval()
 
 
 def _fcmae(state: dict[str, Tensor], spec: ConvNextSpec, images: Tensor) -> Outputs:
-    width, blocks = spec.decoder or (8, 0)
-    model = FCMAE(
-        tuple(images.shape[-2:]), spec.in_chans, spec.depths, spec.dims, decoder_dim=width, decoder_depth=blocks,
-        backend="reference",
-    )  # fmt: skip
+    if spec.size not in (None, tuple(images.shape[-2:])):  # positions are the decoder's alone
+        state = {key: x for key, x in state.items() if spec.part(key) != "decoder"}
+        spec = replace(spec, decoder=None, decoder_kind="convnext", pca=None, size=None)
+    model = spec.make(backend="reference").eval()
     parts = {part: {k: x for k, x in state.items() if spec.part(k) == part} for part in ("encoder", "decoder")}
     decoder = parts["decoder"] or {k: x for k, x in model.state_dict().items() if spec.part(k) == "decoder"}
     model.load_state_dict(parts["encoder"] | decoder, strict=True)
@@ -75,17 +76,13 @@ def _fcmae(state: dict[str, Tensor], spec: ConvNextSpec, images: Tensor) -> Outp
         made["logits"] = F.linear(made["pooled"], state["head.weight"], state["head.bias"])
     if spec.decoder:
         mask = torch.zeros(images.shape[0], *model.grid(images), dtype=torch.bool)
-        mask[:, ::2] = True
+        mask.flatten(1)[:, ::2] = True
         made["predictions"] = model.predict(images, model.tiles(images, mask))
     return made
 
 
 def _mae(state: dict[str, Tensor], spec: VitSpec, images: Tensor) -> Outputs:
-    width, blocks = spec.decoder or (4, 0)
-    model = MAE(
-        spec.image_size, spec.in_chans, spec.patch_size, dim=spec.dim, depth=spec.depth, heads=spec.running_heads,
-        decoder_dim=width, decoder_depth=blocks, decoder_heads=spec.running_decoder_heads, mask_ratio=RATIO,
-    )  # fmt: skip
+    model = spec.make()
     own = model.state_dict() if not spec.decoder else {}
     if spec.fc_norm:
         model.norm = nn.Identity()

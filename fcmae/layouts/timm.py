@@ -1,4 +1,4 @@
-"""timm's `convnextv2_*`."""
+"""timm's `convnextv2_*`, which with `use_grn=False, ls_init_value=1e-6` are of ConvNeXt V1's blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ NAMES = Names(
         "encoder.stages.{s}.blocks.{b}.norm.{p}": "stages.{s}.blocks.{b}.norm.{p}",
         "encoder.stages.{s}.blocks.{b}.mlp.fc1.{p}": "stages.{s}.blocks.{b}.mlp.fc1.{p}",
         "encoder.stages.{s}.blocks.{b}.mlp.grn.{p}": "stages.{s}.blocks.{b}.mlp.grn.{p}",
+        # timm has no ConvNeXt with this norm, but its MLP has such a place: it names what a run exports.
+        "encoder.stages.{s}.blocks.{b}.mlp.norm.{p}": "stages.{s}.blocks.{b}.mlp.norm.{p}",
         "encoder.stages.{s}.blocks.{b}.mlp.fc2.{p}": "stages.{s}.blocks.{b}.mlp.fc2.{p}",
+        "encoder.stages.{s}.blocks.{b}.gamma": "stages.{s}.blocks.{b}.gamma",
         "norm.{p}": "head.norm.{p}",
         "head.{p}": "head.fc.{p}",
     }
@@ -67,8 +70,8 @@ LAYOUT = TimmLayout(
     "timm",
     "timm's ConvNeXt V2",
     NAMES,
-    marks=("stem.0.weight", "stages.0.blocks.0.mlp.grn.weight"),
+    marks=("stem.0.weight", "stages.0.blocks.0.conv_dw.weight"),
     ours=_ours,
-    holds=frozenset({"head"}),
+    holds=frozenset({"head", "layer_scale"}),
     ends_in_norm=True,
 )

@@ -9,12 +9,14 @@ from fcmae.errors import UsageError
 from fcmae.kernels.tiles import Tiles
 from fcmae.loss import check_window, masked_pixel_loss
 from fcmae.masking import check_mask, grid_size, keep_count, mask_from_noise
+from fcmae.pca import PrincipalComponents
 
 
 class MaskedAutoencoder(nn.Module):
     """A model that predicts the pixels of hidden regions. A family adds:
 
-    `predict(images, tiles)`, the prediction (B, L, p*p*C) of every patch from the visible regions alone;
+    `predict(images, tiles)`, the prediction (B, L, p*p*C) of every patch from the visible regions alone, with `pca`
+    (B, L, pca): `predicted` numbers each;
     `encode(images, mask=None)`, the encoder's features, without a mask those of the ordinary dense network;
     `describe_encoder(device)`, a line that says what computes the encoder there;
     `encoder_parameters()`, the encoder's own.
@@ -22,8 +24,12 @@ class MaskedAutoencoder(nn.Module):
     image_size: pixels, one number or (H, W), multiples of mask_unit. patch_size: side in pixels of what one position of
     the prediction covers. mask_unit: side of a region, which is hidden or visible as a whole; a multiple of patch_size.
     mask_ratio: share of regions hidden when no mask is given. norm_pix: normalize the target's pixels per window;
-    norm_window: the window's side in pixels, the patch by default. Raises UsageError for values that do not fit.
+    norm_window: the window's side in pixels, the patch by default. pca: predict so many principal components of a patch
+    in place of its pixels; `target` then holds the basis, which is to be fitted once (`fcmae.train.target`), else it is
+    None. Raises UsageError for values that do not fit.
     """
+
+    fixed_size = False  # whether positions bind the model to images of image_size
 
     def __init__(
         self,
@@ -34,6 +40,7 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float,
         norm_pix: bool,
         norm_window: int | None,
+        pca: int | None,
     ):
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -43,9 +50,14 @@ class MaskedAutoencoder(nn.Module):
         keep_count(gh * gw, mask_ratio)
         if norm_pix:
             check_window(self.image_size, norm_window or patch_size)
+        pixels = patch_size * patch_size * in_chans
+        self.predicted = pixels if pca is None else pca
+        self.target = None if pca is None else PrincipalComponents(pixels, pca)
 
     def forward(self, images: Tensor, mask: Tensor | Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (scalar, fp32), prediction (B, L, p*p*C) in pixel order (p, p, C), and the mask used (B, gh, gw) bool.
+
+        With `pca` the prediction is (B, L, pca); `target.restore` brings it back to pixels.
 
         images: (B, C, H, W). mask: True = masked, the same number in every image; drawn at random if left out; the
         tables of a mask, `Tiles`, spare the check and its host synchronisation.
@@ -54,7 +66,8 @@ class MaskedAutoencoder(nn.Module):
         if tiles.keep.shape[1] == tiles.mask[0].numel():
             raise UsageError("the mask hides none of the regions, so there is no loss; use encode() for features")
         pred = self.predict(images, tiles)
-        loss = masked_pixel_loss(pred, images, tiles.mask, self.patch_size, self.norm_pix, self.norm_window)
+        project = None if self.target is None else self.target.project
+        loss = masked_pixel_loss(pred, images, tiles.mask, self.patch_size, self.norm_pix, self.norm_window, project)
         return loss, pred, tiles.mask
 
     def tiles(self, images: Tensor, mask: Tensor | Tiles | None = None) -> Tiles:
@@ -80,8 +93,15 @@ class MaskedAutoencoder(nn.Module):
         """Regions (gh, gw) of images (B, C, H, W). Raises UsageError if the model cannot take them."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise UsageError(f"images must be (B, {self.in_chans}, H, W); got {tuple(images.shape)}")
-        return grid_size(tuple(images.shape[-2:]), self.mask_unit)
+        grid = grid_size(tuple(images.shape[-2:]), self.mask_unit)
+        if self.fixed_size and tuple(images.shape[-2:]) != self.image_size:
+            h, w = self.image_size
+            raise UsageError(
+                f"images are {images.shape[-2]}x{images.shape[-1]} and this model's positions {h}x{w}; "
+                f"build it with the images' image_size"
+            )
+        return grid
 
-    def timm_arguments(self) -> dict[str, object]:
-        """What timm's model of the encoder's name must be told to have these weights' shapes."""
+    def timm_arguments(self) -> dict[str, object] | None:
+        """What timm's model of the encoder's name must be told to have these weights; None where timm has no such."""
         return {"in_chans": self.in_chans}

@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.errors import UsageError
 from fcmae.kernels.mlp import LAYER_NORM_EPS, Weights
 from fcmae.kernels.mlp_op import block_mlp
-from fcmae.kernels.reference import response
+from fcmae.models.norms import GRN, OTHERS
 from fcmae.models.support import Support
 
-GRN_MODES = ("per_image", "batch")
+LAYER_SCALE = 1e-6  # what ConvNeXt V1's LayerScale begins with
 
 
 class PatchConv(nn.Conv2d):
@@ -42,60 +41,42 @@ class DepthwiseConv(nn.Conv2d):
         return support.conv(x, self.weight, self.bias)
 
 
-class GRN(nn.Module):
-    """Global response normalization (arXiv 2301.00808 §4, algorithm 1), statistics in fp32.
-
-    G(x) = ||x_c||_2 over the visible positions, N(x) = G / (mean_c G + eps) as in the authors' dense code (the text
-    says sum), y = x + gamma * x * N + beta. `per_image` pools over each image's own positions; `batch` over the
-    positions of the whole (local) batch, as the authors' sparse code does.
-    """
-
-    def __init__(self, dim: int, mode: str = "per_image"):
-        super().__init__()
-        if mode not in GRN_MODES:
-            raise UsageError(f"unknown sparse.grn {mode!r}; known: {', '.join(GRN_MODES)}")
-        self.mode = mode
-        self.weight = nn.Parameter(torch.zeros(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor, support: Support) -> Tensor:
-        pooled = tuple(range(0 if self.mode == "batch" else 1, x.ndim - 1))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        squares = support.visible(x).to(wide).square().sum(dim=pooled, keepdim=True)
-        _, n, _ = response(squares)
-        return x + torch.addcmul(self.bias, self.weight, x * n).to(x.dtype)
-
-
 class Mlp(nn.Module):
-    """Pointwise expansion to 4C, GELU, GRN, pointwise projection back to C."""
+    """Pointwise expansion to 4C, GELU, GRN or another norm, pointwise projection back to C."""
 
-    def __init__(self, dim: int, grn: str):
+    def __init__(self, dim: int, grn: str, norm: str):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
-        self.grn = GRN(4 * dim, grn)
+        self.grn = GRN(4 * dim, grn) if norm == "grn" else None
+        self.norm = None if norm == "grn" else OTHERS[norm](4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor, support: Support) -> Tensor:
-        return self.fc2(self.grn(F.gelu(self.fc1(x)), support))
+        x, norm = F.gelu(self.fc1(x)), self.norm if self.grn is None else self.grn
+        return self.fc2(x if norm is None else norm(x, support))
 
 
 class Block(nn.Module):
     """ConvNeXt V2 block (arXiv 2301.00808 figure 5): depthwise 7x7, LayerNorm, MLP with GRN, residual.
 
-    On packed tiles with native kernels the modules after the convolution only hold parameters: their hooks do not run.
+    norm: one of `norms.NORMS` in GRN's place; `none` is ConvNeXt V1's block (arXiv 2201.03545): no norm there, and
+    LayerScale on the branch. On packed tiles with native kernels and GRN the modules after the convolution only hold
+    parameters: their hooks do not run.
     """
 
-    def __init__(self, dim: int, grn: str = "per_image"):
+    def __init__(self, dim: int, grn: str = "per_image", norm: str = "grn"):
         super().__init__()
         self.conv_dw = DepthwiseConv(dim)
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, grn)
+        self.mlp = Mlp(dim, grn, norm)
+        self.gamma = nn.Parameter(torch.full((dim,), LAYER_SCALE)) if norm == "none" else None
 
     def forward(self, x: Tensor, support: Support) -> Tensor:
         y = self.conv_dw(x, support)
-        if support.fused:
+        if support.fused and self.mlp.grn is not None:
             return self._after_conv(x, y)
-        return x + self.mlp(self.norm(y), support)
+        y = self.mlp(self.norm(y), support)
+        return x + (y if self.gamma is None else self.gamma * y)
 
     def _after_conv(self, x: Tensor, y: Tensor) -> Tensor:
         """The same as one op, on rows (positions, C); its matmuls run in autocast's dtype where that is on."""

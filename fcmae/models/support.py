@@ -1,9 +1,9 @@
 """Where features exist: the three ways to run one ConvNeXt block over the same parameters.
 
 A support says how a map is cut out of the images, how the one operation that looks across positions (the depthwise
-convolution) is done, and which positions GRN may count. Everything else in the encoder acts on each position alone and
-never asks. Feature layouts are channels-last: `DenseSupport` and `MaskedSupport` (B, H, W, C), `TileSupport`
-(B, K, t, t, C) with t = 8, 4, 2, 1 at stages 1-4.
+convolution) is done, and which positions GRN and batch norm may count. Everything else in the encoder acts on each
+position alone and never asks. Feature layouts are channels-last: `DenseSupport` and `MaskedSupport` (B, H, W, C),
+`TileSupport` (B, K, t, t, C) with t = 8, 4, 2, 1 at stages 1-4.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ class DenseSupport:
         """x, with zeros at the positions that do not exist."""
         return x
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The positions that exist, one after another (positions, C)."""
+        return x.flatten(0, -2)
+
+    def from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `rows`, shaped as `like`; zeros at the positions that do not exist."""
+        return rows.view(like.shape)
+
     def to_map(self, x: Tensor) -> Tensor:
         """Features of this support as a full map (B, H, W, C), zeros where nothing exists."""
         return x
@@ -46,6 +54,7 @@ class MaskedSupport(DenseSupport):
     """Dense convolution times mask: computes everything, keeps what is visible. No compute is saved."""
 
     def __init__(self, tiles: Tiles):
+        self.tiles = tiles
         self.keep = ~tiles.mask[..., None]  # (B, gh, gw, 1)
 
     def visible(self, x: Tensor) -> Tensor:
@@ -57,6 +66,13 @@ class MaskedSupport(DenseSupport):
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return super().conv(self.visible(x), weight, bias)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return pack(x, self.tiles).flatten(0, -2)
+
+    def from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        (b, k), (gh, gw) = self.tiles.keep.shape, self.tiles.grid
+        return unpack(rows.view(b, k, like.shape[1] // gh, like.shape[2] // gw, -1), self.tiles)
 
     def to_map(self, x: Tensor) -> Tensor:
         return self.visible(x)
@@ -77,6 +93,12 @@ class TileSupport:
 
     def visible(self, x: Tensor) -> Tensor:
         return x
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.flatten(0, -2)
+
+    def from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        return rows.view(like.shape)
 
     def to_map(self, x: Tensor) -> Tensor:
         return unpack(x, self.tiles)

@@ -10,9 +10,11 @@ import torch
 
 from fcmae import config as settings
 from fcmae.config import Config
+from fcmae.data.transforms import CROPS, JITTERED
 from fcmae.errors import UsageError
 from fcmae.masking import STRATEGIES
 from fcmae.minkowski import engine
+from fcmae.models.norms import NORMS
 from fcmae.models.support import MINKOWSKI
 from fcmae.train import family
 from fcmae.train.optim import PRECISIONS
@@ -32,8 +34,10 @@ def check(config: Config) -> None:
             config.model.decoder_depth is None or config.model.decoder_depth >= 0,
             "model.decoder_depth", "0 or more, or null",
         ),
+        (config.model.norm in NORMS, "model.norm", f"one of {', '.join(NORMS)}"),
         (config.mask.strategy in STRATEGIES, "mask.strategy", f"one of {', '.join(STRATEGIES)}"),
         (config.loss.norm_window is None or config.loss.norm_window >= 1, "loss.norm_window", "1 or more, or null"),
+        (config.loss.pca is None or config.loss.pca >= 1, "loss.pca", "1 or more, or null"),
         (train.precision in PRECISIONS, "train.precision", f"one of {', '.join(PRECISIONS)}"),
         (train.epochs > 0, "train.epochs", "more than 0"),
         (train.steps is None or train.steps >= 1, "train.steps", "1 or more, or null"),
@@ -57,6 +61,12 @@ def check(config: Config) -> None:
             "data.crop_scale", "two numbers, 0 < least <= most <= 1",
         ),
         (0 <= data.flip <= 1, "data.flip", "between 0 and 1"),
+        (data.crop in CROPS, "data.crop", f"one of {', '.join(CROPS)}"),
+        (0 <= data.color_jitter <= 1, "data.color_jitter", "between 0 and 1"),
+        (
+            data.color_jitter == 0 or config.model.in_chans in JITTERED,
+            "data.color_jitter", f"0 for model.in_chans={config.model.in_chans}: colours are of 1 or 3 channels",
+        ),
         (0 <= data.max_bad_share <= 1, "data.max_bad_share", "between 0 and 1"),
         (config.checkpoint.every >= 1, "checkpoint.every", "1 or more"),
         (config.checkpoint.keep_last >= 1, "checkpoint.keep_last", "1 or more"),

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "mask.unit": "mask_unit",
     "loss.norm_pix": "norm_pix",
     "loss.norm_window": "norm_window",
+    "loss.pca": "pca",
 }
 
 
@@ -51,6 +52,13 @@ def fill(config: Config) -> None:
         if _get(config, key) is None and has.get(argument) is not None:
             group, name = key.split(".")
             setattr(getattr(config, group), name, has[argument])
+
+
+def held(values: dict, where: str) -> dict:
+    """The settings that a run wrote down, those that it did not know yet being what they were then: their defaults."""
+    config = settings.override(Config(), values, where)
+    fill(config)
+    return settings.to_dict(config)
 
 
 def is_named_size(config: Config) -> bool:

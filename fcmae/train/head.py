@@ -56,11 +56,16 @@ def next_commands(config: Config, model: MaskedAutoencoder, folder: RunFolder) -
     lines = [f"done: {folder.path}", f"look:      {folder.path}/loss.png, {folder.pictures}/"]
     if config.log.tensorboard:
         lines.append(f"           {python} -m tensorboard.main --logdir {folder.path / 'tensorboard'}")
-    name = find_model(config.model.name).timm
-    if timm.is_model(name) and family.is_named_size(config):
-        more = "".join(f"{key}={value}, " for key, value in model.timm_arguments().items())
-        arguments = f"'{name}', num_classes=0, {more}checkpoint_path='{folder.encoder}'"
-        lines.append(f'use it:    {python} -c "import timm; print(timm.create_model({arguments}).num_features)"')
+    name, arguments = find_model(config.model.name).timm, model.timm_arguments()
+    if arguments is None:
+        lines.append(
+            f"use it:    timm has no ConvNeXt with norm {config.model.norm} in its blocks; in this toolkit's model by "
+            f"init={folder.encoder} or fcmae.convert.read_checkpoint"
+        )
+    elif timm.is_model(name) and family.is_named_size(config):
+        more = "".join(f"{key}={value}, " for key, value in arguments.items())
+        call = f"'{name}', num_classes=0, {more}checkpoint_path='{folder.encoder}'"
+        lines.append(f'use it:    {python} -c "import timm; print(timm.create_model({call}).num_features)"')
     recipe = f"configs/pretrain/{config.model.name}.yaml data.source=DIR out=runs/{config.model.name.split('_', 1)[1]}"
     lines.append(f"your data: {python} -m fcmae.pretrain {recipe}")
     return "\n".join(lines)

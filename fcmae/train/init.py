@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fcmae.errors import UsageError
 from fcmae.layouts import LAYOUTS
 from fcmae.layouts.positions import fixed_grid, grid_of, resampled
 from fcmae.layouts.spec import Told, VitSpec, read_spec
-from fcmae.models.mae import MAE
+from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.weights import Weights, read_weights
 
 
-def start_from(model: nn.Module, path: str) -> str:
+def start_from(model: MaskedAutoencoder, path: str) -> str:
     """Load the encoder of any file that `fcmae.convert` reads, and its decoder where both have the same one.
 
     A ViT of another image size keeps its own positions where the file's are the fixed ones of MAE; trained ones are
@@ -20,7 +20,7 @@ def start_from(model: nn.Module, path: str) -> str:
     """
     weights = read_weights(path)
     own = LAYOUTS["minkowski"].to_fcmae(model.state_dict())
-    told = Told(model.heads, model.decoder_heads, model.image_size) if isinstance(model, MAE) else None
+    told = Told(getattr(model, "heads", None), model.decoder_heads, model.image_size)
     here, there = read_spec(own, "the model", told), weights.spec
     if (here.in_chans, here.encoder) != (there.in_chans, there.encoder):
         hint = (
@@ -29,11 +29,11 @@ def start_from(model: nn.Module, path: str) -> str:
             else "set model.name, or the sizes under model., to what the file holds"
         )
         raise UsageError(f"init={path} holds {there}; the model is {here}: {hint}")
-    whole = here.decoder == there.decoder
-    said, positions = "", {}
+    same_heads = weights.told.decoder_heads in (None, here.decoder_heads) or here.decoder_heads is None
+    whole = here.pretraining == there.pretraining and same_heads
+    said, positions = "", {key: own[key] for key in ("decoder_pos_embed",) if key in own}  # fixed, of its own size
     if isinstance(here, VitSpec):
         _check_heads(weights, here)
-        whole = whole and weights.told.decoder_heads in (None, here.decoder_heads)
         positions, said = _positions(weights, here, own)
     wanted = {key: x for key, x in weights.ours.items() if key in own and (whole or here.part(key) == "encoder")}
     model.load_state_dict(own | wanted | positions, strict=True)

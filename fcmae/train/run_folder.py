@@ -16,7 +16,7 @@ from torch import nn
 from fcmae import config as settings
 from fcmae.errors import UsageError
 from fcmae.layouts import timm
-from fcmae.train import checkpoint
+from fcmae.train import checkpoint, family
 from fcmae.weights import write_safetensors
 
 _ARTIFACTS = ("metrics.jsonl", "times.jsonl", "tensorboard", "checkpoints", "reconstructions", "encoder.safetensors")
@@ -61,9 +61,8 @@ class RunFolder:
     def check(self, config: settings.Config) -> None:
         """Raises UsageError when the folder holds another run, or files that belong to none."""
         if self.config.is_file():
-            changed = settings.differences(
-                settings.read_yaml(self.config), settings.to_dict(config), settings.FREE_KEYS
-            )
+            held = family.held(settings.read_yaml(self.config), str(self.config))
+            changed = settings.differences(held, settings.to_dict(config), settings.FREE_KEYS)
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 raise UsageError(

@@ -10,6 +10,7 @@ from torch import nn
 from fcmae import config as settings
 from fcmae.errors import UsageError
 from fcmae.layouts import LAYOUTS, training
+from fcmae.train import family
 
 
 @dataclass
@@ -50,7 +51,8 @@ class TrainState:
 
         Raises UsageError when it belongs to another model, other settings or other images.
         """
-        changed = settings.differences(payload["config"], settings.to_dict(config), settings.BRANCH_KEYS)
+        held = family.held(payload["config"], where)
+        changed = settings.differences(held, settings.to_dict(config), settings.BRANCH_KEYS)
         if changed:
             what = "model" if changed[0].startswith("model.") else "run"
             raise UsageError(
