@@ -24,7 +24,7 @@ from fcmae.config import Config
 from fcmae.data import MaskedImages
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
-from fcmae.pretrain import build_dataset, build_model, steps_of
+from fcmae.pretrain import build_dataset, build_model, compiled, steps_of
 from fcmae.train import checks, distributed
 from fcmae.train.init import start_from
 from fcmae.train.loop import StopSignal
@@ -89,11 +89,20 @@ def check(config: CompareConfig, arms: dict[str, Config], world: distributed.Wor
                 schedules[name].accum_steps,
                 schedules[name].effective_batch,
             )
-            world.on_main(lambda: RunFolder(Path(arm.out)).check(arm))  # noqa: B023
+            if arm.train.compile:
+                compiled(models[name], world.device)
+            world.on_main(lambda: check_run(arm))  # noqa: B023
         except UsageError as error:
             raise UsageError(f"arm {name}: {error}") from None
     check_alike(models, schedules)
     return dataset
+
+
+def check_run(arm: Config) -> None:
+    """Raises UsageError when an arm's folder holds another run, or no checkpoint there can be read."""
+    folder = RunFolder(Path(arm.out))
+    folder.check(arm)
+    folder.find_checkpoint(None)
 
 
 def check_folder(config: CompareConfig) -> None:
@@ -104,8 +113,10 @@ def check_folder(config: CompareConfig) -> None:
         if foreign:
             raise UsageError(f"{out} has {foreign[0]} but no config.yaml; choose another folder with out=...")
         return
-    held, own = settings.read_yaml(out / "config.yaml"), settings.to_dict(config)
-    changed = settings.differences({**held, "arms": {}}, {**own, "arms": {}}, FREE_KEYS)
+    # Settings that it did not know yet were what they are by default.
+    held = settings.override(CompareConfig(), settings.read_yaml(out / "config.yaml"), str(out / "config.yaml"))
+    apart = ({**settings.to_dict(c), "arms": {}} for c in (held, config))
+    changed = settings.differences(*apart, FREE_KEYS)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UsageError(

@@ -7,6 +7,7 @@ import json
 import os
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +81,7 @@ def write_yaml(config: Any, path: Path) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def differences(old: dict, new: dict, free: tuple[str, ...] = ()) -> list[str]:
+def differences(old: dict, new: dict, free: Sequence[str] = ()) -> list[str]:
     """Settings that differ, each as `key: old -> new`, those in `free` left out."""
     a, b = flatten(old), flatten(new)
     keys = [k for k in dict.fromkeys([*a, *b]) if k not in free and a.get(k) != b.get(k)]

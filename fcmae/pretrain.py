@@ -98,7 +98,7 @@ def steps_of(
     start = state.progress.step
     beginning = f"going on from step {start} of {schedule.goal}" if start else ""
     if found is None and config.init is not None:
-        beginning = world.on_main(lambda: start_from(model, config.init))  # the other ranks get its weights from DDP
+        beginning = world.main_first(lambda: start_from(model, config.init))
     if schedule.steps is not None and start > schedule.steps:
         raise UsageError(
             f"{found} is at step {start}, beyond this run's {schedule.steps}; raise train.epochs or train.steps"
@@ -133,7 +133,7 @@ def steps_of(
     pin = config.data.pin_memory and world.device.type == "cuda"
     loader = make_loader(dataset, stream, workers, config.data.prefetch, pin_memory=pin)
     if world.size > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)  # fixed, or of rank 0's checkpoint
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)  # every rank has them already
 
     def write_checkpoint() -> None:
         log.sync()

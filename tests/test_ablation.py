@@ -281,9 +281,19 @@ def test_a_run_from_before_these_settings_goes_on(tmp_path, pictures, capsys):
     (out / "encoder.safetensors").unlink()
     assert main([str(tmp_path / "c.yaml"), *own]) == 0
     assert "going on from step 2 of 4" in capsys.readouterr().out
+    assert main([str(tmp_path / "c.yaml"), *own, "train.batch_size=4", "train.accum_steps=2"]) == 0
     for change in ("model.norm=ln", "model.decoder=vit", "loss.pca=5", "data.crop=center"):
         assert main([str(tmp_path / "c.yaml"), *own, change]) == 2
         assert change.split("=")[0] in capsys.readouterr().err
+
+
+def test_batch_norm_s_run_keeps_its_batch(tmp_path, pictures, capsys):
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    own = [str(tmp_path / "c.yaml"), f"data.source={pictures}", f"out={tmp_path / 'run'}", "model.norm=bn"]
+    own += ["train.steps=2", "train.warmup_epochs=0"]
+    assert main(own) == 0
+    assert main([*own, "train.batch_size=4", "train.accum_steps=2"]) == 2
+    assert "train.batch_size: 8 -> 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [(40, 80), (64, 64)])

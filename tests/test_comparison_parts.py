@@ -11,7 +11,10 @@ from fcmae import config as settings
 from fcmae.compare import main
 from fcmae.comparison import measure, representation
 from fcmae.comparison.labelled import CentreCrops, open_labelled
+from fcmae.comparison.memory import peak_memory
 from fcmae.comparison.settings import CompareConfig, arms_of
+from fcmae.errors import UsageError
+from fcmae.pretrain import build_model
 from fcmae.train.schedule import make_schedule
 from small_comparison import arguments, configured, make_place
 
@@ -55,6 +58,14 @@ def test_flops_by_hand(place):
     }
 
 
+def test_flops_of_a_norm_over_the_batch(place):
+    """One image with one visible region has a single position at the last stage, and no variance there."""
+    arm = arms_of(configured(place, "arms.convnext.model.norm=bn", "mask.ratio=0.8"))["convnext"]
+    found = measure.flops(arm)
+    arm.model.norm = "ln"
+    assert found == measure.flops(arm)
+
+
 def test_knn_against_a_direct_computation():
     rng = np.random.default_rng(0)
     train, val, labels = rng.normal(size=(60, 5)), rng.normal(size=(30, 5)), rng.integers(0, 4, 60)
@@ -72,7 +83,6 @@ def test_knn_against_a_direct_computation():
 
 
 def test_the_probe_is_the_minimum_and_the_same_every_time():
-    """Its gradient vanishes, seen from outside: moving a decision by any class's bias makes the loss no better."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(3, 6, generator=generator)
     labels = torch.arange(90) % 3
@@ -86,6 +96,12 @@ def test_the_probe_is_the_minimum_and_the_same_every_time():
     assert torch.equal(found, representation.probe(scaled, labels, moved, 3, 1e-3))
     shuffled = labels[torch.randperm(90, generator=generator)]
     assert (representation.probe(train, shuffled, val, 3, 1e-3) == labels).double().mean() < 0.7
+    for decay in (1e-3, 1e-1):
+        fitted = representation.logistic_regression(train.double(), shuffled, 3, decay)
+        weight, bias = (x.requires_grad_() for x in fitted)
+        loss = torch.nn.functional.cross_entropy(train.double() @ weight + bias, shuffled)
+        gradients = torch.autograd.grad(loss + decay / 2 * weight.square().sum(), (weight, bias))
+        assert max(g.abs().max() for g in gradients) < 1e-5 and weight.abs().max() > 1e-3
 
 
 def test_accuracy_and_its_error():
@@ -167,12 +183,20 @@ def test_a_centre_crop_is_the_centre(tmp_path):
         (["evaluate.neighbours=0"], ["evaluate.neighbours=0", "1 or more"]),
         (["train.warmup_epochs=9"], ["arm convnext", "train.warmup_epochs=9"]),
         (["out=null"], ["out=null", "folder of the comparison"]),
+        (["arms.masked.model.name=mae_vit_tiny_patch16"], ["arms.masked", "choose another name"]),
+        (["evaluate.temperature=.inf"], ["evaluate.temperature=inf", "finite"]),
+        (["time_to_loss=.nan"], ["time_to_loss=nan", "finite"]),
+        (["data.labelled={place}/pairs", "evaluate.val_share=0.6"], ["no image to train on", "lower"]),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(place, tmp_path, capsys, overrides, words):
     if not (place / "one").exists():
         (place / "one").mkdir()
         (place / "one" / "photo0").symlink_to(place / "pictures" / "photo0")
+        for name in ("photo0", "photo1"):
+            (place / "pairs" / name).mkdir(parents=True)
+            picture = next((place / "pictures" / name).iterdir())
+            (place / "pairs" / name / "only.png").write_bytes(picture.read_bytes())
     if words is None:
         assert arms_of(configured(place, *overrides))["convnext"].train.lr == 1e-3
         return
@@ -181,6 +205,34 @@ def test_bad_input_is_one_line_and_writes_nothing(place, tmp_path, capsys, overr
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_would_stop_the_second_arm_is_found_before_the_first(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no compiler"))
+    assert main(arguments(place, tmp_path / "out", "arms.vit.train.compile=true")) == 2
+    assert "arm vit: train.compile" in capsys.readouterr().err
+    broken = tmp_path / "out" / "arms" / "vit" / "checkpoints"
+    broken.mkdir(parents=True)
+    (broken / "step_000000004.pt").write_bytes(b"half a checkpoint")
+    arm = arms_of(configured(place, f"out={tmp_path / 'out'}"))["vit"]
+    arm.train.accum_steps, arm.train.effective_batch = 1, 8
+    settings.write_yaml(arm, broken.parent / "config.yaml")
+    settings.write_yaml(configured(place, f"out={tmp_path / 'out'}"), tmp_path / "out" / "config.yaml")
+    assert main(arguments(place, tmp_path / "out")) == 2
+    assert "arm vit: none of the 1 checkpoints" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "arms" / "convnext").exists()
+
+
+def test_labelled_images_of_which_none_can_be_read(place):
+    model = build_model(arms_of(configured(place))["convnext"]).eval()
+    nothing = [(torch.zeros(2, 3, 64, 96), torch.tensor([-1, -1]))]
+    with pytest.raises(UsageError, match="none of the 2 labelled images"):
+        representation.features({"convnext": model}, nothing, torch.device("cpu"))
+
+
+def test_memory_that_cannot_be_measured_is_no_end(place, tmp_path):
+    found = peak_memory(arms_of(configured(place))["vit"], tmp_path / "nowhere.yaml", torch.device("cpu"))
+    assert found["bytes"] is None and found["what"].startswith("not measured, the process for it failed: ")
 
 
 @pytest.mark.parametrize("arms", ["arms: {}", "arms: {vit: {model: {name: mae_vit_tiny_patch16}}}"])

@@ -48,6 +48,26 @@ def test_every_rank_starts_from_them(place, tmp_path):
     assert_same(read_checkpoint(tmp_path / "two"), read_checkpoint(place / "first"))
 
 
+@pytest.mark.slow
+def test_every_rank_starts_from_their_buffers(place, tmp_path):
+    """Trained positions and principal components are no parameters, which DDP would send."""
+    sizes = ["dim=32", "depth=1", "heads=2", "decoder_dim=32", "decoder_depth=1", "decoder_heads=2"]
+    vit = ["model.name=mae_vit_tiny_patch16", "model.depths=null", "model.dims=null", "mask.unit=32", "loss.pca=4"]
+    vit += [f"model.{size}" for size in sizes]
+    assert start(place, tmp_path / "one", *vit) == 0
+    path = tmp_path / "trained.pt"
+    weights = read_checkpoint(tmp_path / "one")
+    weights["pos_embed"] = torch.randn_like(weights["pos_embed"])
+    weights["target.mean"] += 1
+    torch.save(weights, path)
+    settings = [f"data.source={place}/pictures", f"init={path}", *vit, "train.steps=2"]
+    run(place / "config.yaml", *settings, f"out={tmp_path}/alone")
+    run(place / "config.yaml", *settings, f"out={tmp_path}/two", "train.batch_size=4", processes=2)
+    for a, b in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert torch.equal(read_checkpoint(tmp_path / "two")["target.mean"], weights["target.mean"])
+
+
 def test_resuming_does_not_start_over(place, tmp_path):
     settings = [f"init={place}/first", "checkpoint.every=2"]
     assert start(place, tmp_path / "whole", *settings) == 0

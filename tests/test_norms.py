@@ -139,7 +139,8 @@ def test_what_each_norm_adds_to_the_state_dict(norm):
     affine = {"mlp.norm.weight", "mlp.norm.bias"}
     statistics = {f"mlp.norm.{k}" for k in ("running_mean", "running_var", "num_batches_tracked")}
     assert keys == {
-        "grn": {"mlp.grn.weight", "mlp.grn.bias"}, "ln": affine, "bn": affine | statistics, "lrn": set(),
+        "grn": {"mlp.grn.weight", "mlp.grn.bias"}, "ln": affine, "bn": affine | statistics,
+        "lrn": {"mlp.norm.constants"},
         "none": {"gamma"},
     }[norm]  # fmt: skip
     assert (small(norm).timm_arguments() is None) == (norm in ("ln", "bn", "lrn"))

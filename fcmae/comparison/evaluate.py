@@ -52,6 +52,10 @@ def evaluate(
     for name, curve in curves.items():
         if not curve["step"]:
             raise UsageError(f"arm {name}: no step had a finite loss, so there is nothing to compare")
+    memory = {}
+    for name, arm in arms.items():  # before the models are there, which need memory too
+        print(f"measuring the memory of {name}", flush=True)
+        memory[name] = peak_memory(arm, RunFolder(Path(arm.out)).config, device)
     models = {name: (_trained(arm).to(device), _random(arm).to(device)) for name, arm in arms.items()}
     finals = {name: curve["smooth"][-1] for name, curve in curves.items()}
     target = max(finals.values()) if config.time_to_loss is None else config.time_to_loss
@@ -63,8 +67,8 @@ def evaluate(
 
     rows = {}
     for name, arm in arms.items():
-        print(f"measuring {name}", flush=True)
-        rows[name] = _row(arm, curves[name], models[name][0], target, device, processes)
+        rows[name] = _row(arm, curves[name], models[name][0], target, processes)
+        rows[name]["peak_memory"] = memory[name]
         rows[name]["reconstruction_loss"] = errors.get(name)
         rows[name]["representation"] = found[name]
     model = models[next(iter(models))][0]
@@ -101,9 +105,7 @@ def up_to_date(path: Path, config: CompareConfig) -> bool:
     return not settings.differences(report["settings"], settings.to_dict(config), settings.FREE_KEYS)
 
 
-def _row(
-    arm: Config, curve: dict, model: MaskedAutoencoder, target: float, device: torch.device, processes: int
-) -> dict:
+def _row(arm: Config, curve: dict, model: MaskedAutoencoder, target: float, processes: int) -> dict:
     folder = RunFolder(Path(arm.out))
     newest = checkpoint.read(checkpoint.find_newest(folder.checkpoints)[0])
     images_per_step = resolve_batch(arm.train, processes)[1]
@@ -121,7 +123,6 @@ def _row(
         "to_loss": measure.time_to(curve, target),
         "parameters": measure.parameters(model),
         "flops": measure.flops(arm),
-        "peak_memory": peak_memory(arm, folder.config, device),
         "curve": measure.thinned({key: curve[key] for key in ("step", "seconds", "loss", "smooth")}),
         "settings": settings.to_dict(arm),
     }
@@ -184,6 +185,7 @@ def _representations(
     chosen = _spread_out(len(dataset), e.distance_images)
     images = torch.stack([dataset[(0, i)]["image"] for i in chosen]).to(device)
     found: dict = {name: {} for name in models}
+    print("encoding whole images", flush=True)
     for (name, state), model in each.items():
         layers = representation.cosine_distances(model, images, e.batch_size)
         mean = statistics.fmean(layer["distance"] for layer in layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -13,10 +12,8 @@ from torch.utils.data import Dataset
 
 from fcmae.data.decode import BrokenImage, extensions, read_image
 from fcmae.data.sources import walk
-from fcmae.data.transforms import stats
+from fcmae.data.transforms import make_transform
 from fcmae.errors import UsageError
-
-SHORT_SIDE = 256 / 224  # an image is scaled to so many times the model's size, then cropped in the centre
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,11 @@ def open_labelled(root: str, in_chans: int, seed: int, val_share: float, most: i
             val += [(parts[0][name][i], label) for i in sorted(order[:held])]
             train += [(parts[0][name][i], label) for i in sorted(order[held:])]
         split = f"{val_share:.0%} of every class, chosen by seed {seed}, to validate on"
-    if not val:
-        raise UsageError(f"data.labelled={root} leaves no image to validate on; give more, or raise evaluate.val_share")
+    for part, what, change in ((val, "validate", "raise"), (train, "train", "lower")):
+        if not part:
+            raise UsageError(
+                f"data.labelled={root} leaves no image to {what} on; give more, or {change} evaluate.val_share"
+            )
     rng = np.random.default_rng([seed, len(classes)])
     train, val = (part if len(part) <= most else _some(rng, part, most) for part in (train, val))
     return Labelled(train, val, classes, split)
@@ -88,7 +88,10 @@ def _some(rng: np.random.Generator, part: list, most: int) -> list:
 
 
 class CentreCrops(Dataset):
-    """Items (image (C, H, W) float32 normalized, label) of labelled files; an unreadable one has the label -1."""
+    """Items (image (C, H, W) float32 normalized, label) of labelled files; an unreadable one has the label -1.
+
+    Images are scaled, aspect kept, until 224/256 of them is the model's size, and the centre is cut out.
+    """
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class CentreCrops(Dataset):
         std: list[float] | None,
     ):
         self.files, self.image_size, self.in_chans = files, image_size, in_chans
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in stats(in_chans, mean, std))
+        self.crop = make_transform(image_size, in_chans, flip=0.0, mean=mean, std=std, crop="center")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -107,19 +110,6 @@ class CentreCrops(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         path, label = self.files[i]
         try:
-            image = read_image(path, self.in_chans)
+            return self.crop(read_image(path, self.in_chans)), label
         except BrokenImage:
             return torch.zeros(self.in_chans, *self.image_size), -1
-        return self.crop(image), label
-
-    def crop(self, image: Tensor) -> Tensor:
-        """Scaled, aspect kept, until 224/256 of it covers the model's size; the centre cut out; normalized."""
-        from torchvision.transforms import v2
-        from torchvision.transforms.v2 import functional as F
-
-        (h, w), (height, width) = image.shape[-2:], self.image_size
-        scale = max(height / h, width / w) * SHORT_SIDE
-        size = [max(math.floor(h * scale), height), max(math.floor(w * scale), width)]
-        image = F.resize(image, size, v2.InterpolationMode.BICUBIC, antialias=True)
-        image = F.to_dtype(F.center_crop(image, list(self.image_size)), torch.float32, scale=True)
-        return (image - self.mean) / self.std

@@ -84,7 +84,7 @@ def flops(config: Config) -> dict[str, int]:
     config = copy.deepcopy(config)
     if "backend" in settings_of(config.model.name):
         config.sparse.backend = "reference"
-    model = build_model(config)
+    model = build_model(config).eval()  # a single image has no batch statistics
     images = torch.zeros(1, model.in_chans, *model.image_size)
     grid = grid_size(model.image_size, model.mask_unit)
     mask = torch.from_numpy(draw_mask(np.random.default_rng(0), grid, model.mask_ratio, config.mask.strategy))

@@ -26,21 +26,31 @@ def peak_memory(config: Config, path: Path, device: torch.device) -> dict[str, o
     """Bytes that training holds at most, in a few steps on noise of this arm's batch size, and what was measured.
 
     config: the arm's, also in the file `path`. On CUDA what torch allocated; on a CPU the growth of a fresh process's
-    resident memory; elsewhere None.
+    resident memory; elsewhere, and where it fails, None.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        _steps(config, device)
+        try:
+            _steps(config, device)
+        except torch.OutOfMemoryError:
+            return _unknown(config, "there is less memory than in training")
         held, what = torch.cuda.max_memory_allocated(device) - before, "torch.cuda.max_memory_allocated"
     elif device.type == "cpu":
-        held, what = _measured_apart(path), "growth of a fresh process's resident memory from before the model on"
+        try:
+            held, what = _measured_apart(path), "growth of a fresh process's resident memory from before the model on"
+        except UsageError as error:
+            return _unknown(config, str(error))
     else:
-        return {"bytes": None, "batch_size": config.train.batch_size, "what": f"not measured on {device.type}"}
+        return _unknown(config, f"{device.type} does not tell")
     text = f"{what}, over {STEPS} training steps on noise"
     return {"bytes": held, "batch_size": config.train.batch_size, "what": text}
+
+
+def _unknown(config: Config, reason: str) -> dict[str, object]:
+    return {"bytes": None, "batch_size": config.train.batch_size, "what": f"not measured, {reason}"}
 
 
 def _measured_apart(path: Path) -> int:
@@ -48,7 +58,7 @@ def _measured_apart(path: Path) -> int:
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True)
     if done.returncode:
-        raise UsageError(f"measuring the memory of {path} failed: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+        raise UsageError(f"the process for it failed: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
     return int(done.stdout)
 
 

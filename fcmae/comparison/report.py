@@ -81,6 +81,9 @@ def table(report: dict) -> Iterator[tuple[str, list[str]]]:
                 f"{text} accuracy, random initialisation", lambda a, kind=kind: top1(a, "random", kind, error=True)
             )
             yield row(f"{text} balanced accuracy, trained", lambda a, kind=kind: balanced(a, "trained", kind))
+            yield row(
+                f"{text} balanced accuracy, random initialisation", lambda a, kind=kind: balanced(a, "random", kind)
+            )
     for state, text in (("trained", "trained"), ("random", "random initialisation")):
         yield row(f"cosine distance of channels, mean of blocks, {text}", lambda a, s=state: distance(a, s))
 
@@ -137,13 +140,14 @@ def html(report: dict, sheet: bytes | None) -> str:
 def setup(report: dict) -> str:
     """What the arms had in common."""
     d, budget = report["data"], report["budget"]
-    long = f"{budget['seconds']:g} s of training" if budget["steps"] is None else f"{budget['steps']:,} steps"
+    long = f"{budget['seconds']:g} s, in steps" if budget["steps"] is None else f"{budget['steps']:,} steps"
     turns = "their steps taking turns" if report["arms_in_turn"] else "one after another"
     batch = next(iter(report["arms"].values()))["images_per_step"]
     h, w = d["image_size"]
     return (
-        f"Each arm trained for {long} of {batch} images on the same crops and masks of {d['images']:,} images "
-        f"({d['source']}) at {h}x{w} pixels, {d['visible']} of {d['regions']} regions of {d['region_pixels']} pixels "
+        f"Each arm trained for {long} of {batch} images, step for step on the same crops and masks of "
+        f"{d['images']:,} images ({d['source']}) "
+        f" at {h}x{w} pixels, {d['visible']} of {d['regions']} regions of {d['region_pixels']} pixels "
         f"visible; {turns}."
     )
 
@@ -158,7 +162,9 @@ def notes(report: dict) -> str:
         "Parameters are those of pretraining, the encoder's being what is kept. FLOPs count two for each multiply-add "
         "of matrix products, convolutions and attention in a forward pass of one image; a 7x7 convolution on visible "
         "regions counts all taps at each visible position. Seconds are those of training steps, waiting for images "
-        f"included, checkpoints and pictures not. Memory: {memory}. Final loss: the mean of the last {final}. The loss "
+        "and, in the first step after a start, compiling included, checkpoints and pictures not"
+        + ("; while one arm computes, the other's images are read. " if report["arms_in_turn"] else ". ")
+        + f"Memory: {memory}. Final loss: the mean of the last {final}. The loss "
         f"to time is {target}; it counts as reached when such a mean is."
     )
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fcmae.errors import UsageError
 from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.models.layers import GRN
 
@@ -34,7 +35,10 @@ def pooled(encoded: Tensor) -> Tensor:
 def features(
     models: dict[str, MaskedAutoencoder], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Of each model (N, D) pooled features in fp32 on the CPU; the labels (N,); how many images could not be read."""
+    """Of each model (N, D) pooled features in fp32 on the CPU; the labels (N,); how many images could not be read.
+
+    Raises UsageError when none could.
+    """
     found: dict[str, list[Tensor]] = {name: [] for name in models}
     labels, unreadable = [], 0
     for images, label in batches:
@@ -46,6 +50,8 @@ def features(
         labels.append(label[read])
         for name, model in models.items():
             found[name].append(pooled(model.encode(images)).float().cpu())
+    if not labels:
+        raise UsageError(f"none of the {unreadable} labelled images of a split can be read; mend data.labelled")
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels), unreadable
 
 
@@ -74,20 +80,24 @@ def probe(train: Tensor, labels: Tensor, val: Tensor, classes: int, decay: float
     """
     train, val = train.double(), val.double()
     mean, std = train.mean(0), train.std(0).clamp_min(1e-12)
-    train, val = (train - mean) / std, (val - mean) / std
-    weight = torch.zeros(train.shape[1], classes, dtype=torch.float64, requires_grad=True)
+    weight, bias = logistic_regression((train - mean) / std, labels, classes, decay)
+    return ((val - mean) / std @ weight + bias).argmax(1)
+
+
+def logistic_regression(x: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
+    """Weight (D, classes) and bias (classes,) at the minimum of cross-entropy + decay / 2 * |W|^2 over x (N, D)."""
+    weight = torch.zeros(x.shape[1], classes, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(train @ weight + bias, labels) + decay / 2 * weight.square().sum()
+        loss = F.cross_entropy(x @ weight + bias, labels) + decay / 2 * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    with torch.no_grad():
-        return (val @ weight + bias).argmax(1)
+    return weight.detach(), bias.detach()
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> dict[str, float]:
@@ -120,7 +130,7 @@ def cosine_distances(model: MaskedAutoencoder, images: Tensor, batch_size: int) 
     def watch(name: str):
         def hook(module: nn.Module, inputs, output: Tensor) -> None:
             x = output.flatten(1, 2) if output.ndim == 4 else output[:, 1:]
-            sums[name] += cosine_distance(x).sum().item()
+            sums[name] += cosine_distance(x.cpu()).sum().item()  # not every device has float64
 
         return hook
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -49,7 +50,9 @@ class ComparedData(DataConfig):
 @dataclass
 class BudgetConfig:
     steps: int | None = setting(None, "optimizer steps of every arm")
-    seconds: float | None = setting(None, "training time of every arm in seconds; checkpoints and pictures not counted")
+    seconds: float | None = setting(
+        None, "training time of every arm in seconds, compiling included; checkpoints and pictures not counted"
+    )
 
 
 @dataclass
@@ -91,10 +94,11 @@ class CompareConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-# What may change when a comparison goes on: as of any run, and what is only done once the arms are trained. The arms'
-# own settings are held against their own folders.
+# What may change when a comparison goes on: as of any run, but for what makes its arms faster or slower, and what is
+# only done once they are trained. The arms' own settings are held against their own folders.
+_PACE = ("device", "train.batch_size", "train.accum_steps", "train.compile", "sparse.backend")
 FREE_KEYS = (
-    *settings.FREE_KEYS, "time_to_loss", "data.labelled",
+    *(key for key in settings.FREE_KEYS if key not in _PACE), "time_to_loss", "data.labelled",
     *(f"evaluate.{f.name}" for f in fields(EvaluateConfig)),
 )  # fmt: skip
 
@@ -147,6 +151,8 @@ def _check(config: CompareConfig) -> None:
     for name in config.arms:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
             raise UsageError(f"arms.{name}: a name becomes a folder; use letters, digits, - and _")
+        if name in ("original", "masked"):
+            raise UsageError(f"arms.{name}: so the report calls a column of its pictures; choose another name")
     if (steps is None) == (seconds is None):
         found = "no budget" if steps is None else f"both budget.steps={steps} and budget.seconds={seconds:g}"
         raise UsageError(f"{found}; give one of budget.steps and budget.seconds, which every arm has for training")
@@ -164,6 +170,9 @@ def _check(config: CompareConfig) -> None:
         (e.batch_size >= 1, "evaluate.batch_size", "1 or more"),
     ]
     known = settings.flatten(settings.to_dict(config))
+    for key, value in known.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{key}={value} will not do: it must be a finite number")
     for holds, key, wanted in rules:
         if not holds:
             value = known[key]

@@ -46,6 +46,7 @@ class ConvNextSpec(Spec):
         if "head.weight" in state and not norm:
             raise ValueError("a classifier without the norm that comes before it")
         ends = {"mlp.grn.weight": "grn", "mlp.norm.running_mean": "bn", "mlp.norm.weight": "ln", "gamma": "none"}
+        ends |= {"mlp.norm.constants": "lrn"}
         blocks = [key for key in state if key.startswith("encoder.stages.") and ".blocks." in key]
         found = (name for end, name in ends.items() if any(key.endswith(f".{end}") for key in blocks))
         kind, width, count, grid = _decoder_of(state, told)
@@ -56,7 +57,7 @@ class ConvNextSpec(Spec):
             decoder=(width, count) if width else None,
             pca=state["target.basis"].shape[0] if "target.basis" in state else None,
             norm=norm,
-            block_norm=next(found, "lrn"),
+            block_norm=next(found, "grn"),
             decoder_kind=kind,
             decoder_heads=told.decoder_heads if kind == "vit" else None,
             size=grid and (grid[0] * STRIDE, grid[1] * STRIDE),

@@ -77,8 +77,13 @@ class LRN(nn.Module):
     """Local response normalization over five neighbouring channels, with AlexNet's constants.
 
     x / (2 + alpha / 5 * (sum of the neighbours' x^2))^0.75, alpha = 1e-4: `torch.nn.functional.local_response_norm`,
-    which like Caffe's AlexNet divides alpha by the number of channels summed. No parameters.
+    which like Caffe's AlexNet divides alpha by the number of channels summed. It has no parameters; its constants are a
+    buffer, so that weights tell that they are of this norm and not of none.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("constants", torch.tensor([5, 1e-4, 0.75, 2.0]))
 
     def forward(self, x: Tensor, support: Support) -> Tensor:
         rows = x.flatten(0, -2)[..., None].to(torch.promote_types(x.dtype, torch.float32))  # (positions, C, 1)

@@ -61,6 +61,12 @@ def held(values: dict, where: str) -> dict:
     return settings.to_dict(config)
 
 
+def free(config: Config, keys: tuple[str, ...]) -> list[str]:
+    """Those of `keys` that a run may change as it goes on: not the batch where its images are normalized together."""
+    together = config.model.norm == "bn" or config.sparse.grn == "batch"
+    return [key for key in keys if not (together and key in ("train.batch_size", "train.accum_steps"))]
+
+
 def is_named_size(config: Config) -> bool:
     """Whether the encoder is of the size that its name stands for."""
     has, given = settings_of(config.model.name), arguments(config)

@@ -26,7 +26,7 @@ def start_from(model: MaskedAutoencoder, path: str) -> str:
         hint = (
             f"python -m fcmae.convert {path} DST --in-chans {here.in_chans} makes a stem for it"
             if here.encoder == there.encoder
-            else "set model.name, or the sizes under model., to what the file holds"
+            else "set model.name, or what is under model., to what the file holds"
         )
         raise UsageError(f"init={path} holds {there}; the model is {here}: {hint}")
     same_heads = weights.told.decoder_heads in (None, here.decoder_heads) or here.decoder_heads is None

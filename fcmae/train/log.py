@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ class Log:
         self._bad_path = folder.path / "bad_images.txt"
         self._bad_known = set(self._bad_path.read_text().splitlines()) if self._bad_path.exists() else set()
         self._start = self._logged = self._printed = progress.seconds, step
-        self._waited = 0.0
+        self._waited, self._clock = 0.0, time.monotonic()
         if not is_main:
             return
         self.metrics, self.times = MetricsFile(folder.metrics, step), MetricsFile(folder.times, step)
@@ -145,18 +146,21 @@ class Log:
     def _progress(self, row: dict, total: float, last: bool) -> None:
         step, loss = row["step"], "nan" if row["loss"] is None else f"{row['loss']:.4f}"
         (then, then_step), batch = self._start if self.bar else self._printed, self.schedule.effective_batch
-        pace = (total - then) / (step - then_step)
+        rate = f"{batch * (step - then_step) / (total - then):.0f} img/s"
+        steps, seconds = self.schedule.steps, self.schedule.seconds
+        # By the clock: other runs may have their turns in between.
+        share = (step - then_step) / (steps - step or 1) if steps else (total - then) / max(seconds - total, 1e-9)
+        left = 0 if last else (time.monotonic() - self._clock) / share
+        eta = f"eta {datetime.timedelta(seconds=round(left))}"
         if self.bar:
             self.bar.update(step - self.bar.n)
-            rate = f"{batch / pace:.0f} img/s"
-            self.bar.set_postfix_str(f"epoch {row['epoch']:.1f} loss {loss} lr {row['lr']:.2e} {rate}")
+            own = "" if steps else f" {eta}"  # tqdm knows how many steps are left, not how many seconds
+            self.bar.set_postfix_str(f"epoch {row['epoch']:.1f} loss {loss} lr {row['lr']:.2e} {rate}{own}")
         elif step % self.config.print_every == 0 or last:
-            self._printed = total, step
-            steps, seconds = self.schedule.steps, self.schedule.seconds
-            left = max(0, seconds - total) if steps is None else pace * (steps - step)
+            self._printed, self._clock = (total, step), time.monotonic()
             self.say(
                 f"step {step}{'' if steps is None else f'/{steps}'} epoch {row['epoch']:.2f} loss {loss} "
-                f"lr {row['lr']:.2e} {batch / pace:.0f} img/s eta {datetime.timedelta(seconds=round(left))}"
+                f"lr {row['lr']:.2e} {rate} {eta}"
             )
 
 

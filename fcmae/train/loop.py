@@ -68,8 +68,8 @@ def train(
 
     Returns 0, or the number of the signal that ended it early. What happens between two steps is not in its seconds.
     forward: the state's model, compiled or wrapped for several ranks. loader: dicts with "image" (B, C, H, W) float32,
-    "mask" (B, gh, gw) bool, "index" (B,) int64 and "bad", names of unreadable images that were replaced. in_turn: other
-    runs use the device between the steps.
+    "mask" (B, gh, gw) bool, "index" (B,) int64 and "bad", names of unreadable images that were replaced. in_turn: it is
+    one of several runs whose steps are timed, and which may use the device in between.
     Raises UsageError when steps stay non-finite or too many images are unreadable; the last checkpoint then stands.
     """
     optimizer, scaler, progress = state.optimizer, state.scaler, state.progress

@@ -62,7 +62,7 @@ class RunFolder:
         """Raises UsageError when the folder holds another run, or files that belong to none."""
         if self.config.is_file():
             held = family.held(settings.read_yaml(self.config), str(self.config))
-            changed = settings.differences(held, settings.to_dict(config), settings.FREE_KEYS)
+            changed = settings.differences(held, settings.to_dict(config), family.free(config, settings.FREE_KEYS))
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 raise UsageError(

@@ -52,7 +52,7 @@ class TrainState:
         Raises UsageError when it belongs to another model, other settings or other images.
         """
         held = family.held(payload["config"], where)
-        changed = settings.differences(held, settings.to_dict(config), settings.BRANCH_KEYS)
+        changed = settings.differences(held, settings.to_dict(config), family.free(config, settings.BRANCH_KEYS))
         if changed:
             what = "model" if changed[0].startswith("model.") else "run"
             raise UsageError(
