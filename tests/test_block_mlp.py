@@ -5,7 +5,8 @@ import torch
 
 from fcmae.kernels import cpu, mlp, mlp_op
 from fcmae.kernels.mlp import Weights
-from fcmae.models.layers import GRN_MODES, Block
+from fcmae.models.layers import Block
+from fcmae.models.norms import GRN_MODES
 from fcmae.models.support import TileSupport
 from helpers import TOLERANCE, close, shake, tiles
 

@@ -8,7 +8,7 @@ from fcmae import FCMAE, create_model
 from fcmae.kernels.tiles import Tiles
 from fcmae.layouts import timm as timm_layout
 from fcmae.models import CONVNEXTV2_SIZES
-from fcmae.models.layers import GRN
+from fcmae.models.norms import GRN
 from fcmae.models.support import BACKENDS, DenseSupport
 from helpers import TOLERANCE, close, masks, shake
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from fcmae.errors import UsageError
 from fcmae.models.autoencoder import MaskedAutoencoder
-from fcmae.models.layers import GRN
+from fcmae.models.norms import GRN
 
 _BLOCK = re.compile(r"(?:encoder\.stages\.(\d+)\.)?blocks\.(\d+)")
 
