@@ -113,8 +113,10 @@ def check_folder(config: CompareConfig) -> None:
         if foreign:
             raise UsageError(f"{out} has {foreign[0]} but no config.yaml; choose another folder with out=...")
         return
-    # Settings that it did not know yet were what they are by default.
-    held = settings.override(CompareConfig(), settings.read_yaml(out / "config.yaml"), str(out / "config.yaml"))
+    try:  # settings that it did not know yet were what they are by default
+        held = settings.override(CompareConfig(), settings.read_yaml(out / "config.yaml"), str(out / "config.yaml"))
+    except UsageError:
+        raise UsageError(f"{out} holds something else, no comparison; choose another folder with out=...") from None
     apart = ({**settings.to_dict(c), "arms": {}} for c in (held, config))
     changed = settings.differences(*apart, FREE_KEYS)
     if changed:

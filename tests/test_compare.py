@@ -214,7 +214,7 @@ def test_the_page_has_every_figure_and_needs_no_network(done):
     page = (out / "report.html").read_text()
     text = html.unescape(re.sub(r"<[^>]+>", " ", page))
     rows = dict(report.table(found))
-    assert len(rows) == 21
+    assert len(rows) == 23
     for what, values in rows.items():
         assert what in text, what
         for value in values:
