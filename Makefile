@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | lint | venv | minkowski | clean
+# make quickstart | test | test-slow | test-slurm | lint | venv | minkowski | clean
 # ARGS="…" is handed on:           make quickstart ARGS="sparse.backend=dense out=runs/other"
 # VENV=… names another environment, PYTHON=… the interpreter that makes it.
 
@@ -9,16 +9,20 @@ endif
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fcmae-installed
 
-.PHONY: quickstart test test-slow lint venv minkowski clean
+.PHONY: quickstart test test-slow test-slurm lint venv minkowski clean
 
 quickstart: venv
 	$(PY) -m fcmae.pretrain configs/pretrain/quickstart.yaml $(ARGS)
 
 test: venv
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PY) -m pytest -q -m "not slow and not slurm" $(ARGS)
 
 test-slow: venv
 	$(PY) -m pytest -q -m slow $(ARGS)
+
+# A real two-node cluster on this machine; needs root, slurm-wlm and munge.
+test-slurm: venv
+	$(PY) -m pytest -q -m slurm $(ARGS)
 
 lint: venv
 	$(PY) -m ruff check . $(ARGS)
