@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 LOST_OTHERS = 75  # of fcmae/launch.py
@@ -34,15 +35,13 @@ def main() -> int:
 
     if given.status == 0:
         return 0
-    failed = sorted(given.logs.glob(f"{name}_*_failed"), key=lambda p: int(p.stem.split("_")[-2]))
-    for note in failed:
-        rank = note.stem.split("_")[-2]
-        log = given.logs / f"{name}_{rank}_log.out"
-        if rank != "0":
-            say(f"rank {rank}: {last_line(log)}")
+    failed = {int(p.stem.split("_")[-2]): p for p in given.logs.glob(f"{name}_*_failed")}
     if failed:
+        first = min(failed)
+        if first != 0:  # whose own words would stand above
+            say(f"rank {first}: {last_line(given.logs / f'{name}_{first}_log.out')}")
         say("not requeued: trying again would end the same way")
-        return int(failed[0].read_text() or 1)
+        return int(failed[first].read_text() or 1)
     if given.status != LOST_OTHERS and given.status <= 128:
         say(f"not requeued: srun ended with status {given.status}")
         return given.status
@@ -55,6 +54,7 @@ def main() -> int:
         return given.status
     say(f"requeued after status {given.status}")
     subprocess.run(["scontrol", "requeue", job], check=True)
+    time.sleep(600)  # SLURM ends this script; were it to end by itself just now, the job could be taken for failed
     return given.status
 
 

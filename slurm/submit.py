@@ -112,7 +112,9 @@ def to_slurm(base: Path, runs: list[Run], wanted: Resources) -> int:
         remember(job.job_id, base, run, wanted)
         print(f"job {job.job_id}: fcmae.{run.launch.task} in {run.out}")
     print(f"{wanted.nodes} x {rank_count(wanted)} ranks, a log of each in {base / 'slurm'}")
-    print(f"watch: python {shlex.quote(os.path.relpath(Path(__file__).with_name('watch.py')))} {shlex.quote(str(base))}")
+    print(
+        f"watch: python {shlex.quote(os.path.relpath(Path(__file__).with_name('watch.py')))} {shlex.quote(str(base))}"
+    )
     return 0
 
 
@@ -133,10 +135,10 @@ def parameters(base: Path, runs: list[Run], wanted: Resources) -> dict:
     logs = shlex.quote(str(base / "slurm"))
     folders = " ".join(shlex.quote(str(run.out)) for run in runs)
     srun = ["--kill-on-bad-exit=1", "--wait=0"]
-    setup = list(wanted.setup)
+    # Ranks that share a node would else each take all of its cores.
+    setup = [*wanted.setup, "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"]
     if wanted.cpus_per_task:
         srun.append(f"--cpus-per-task={wanted.cpus_per_task}")  # since 22.05 srun does not take it from sbatch
-        setup.append(f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{wanted.cpus_per_task}}}")
     end = Path(__file__).resolve().with_name("requeue.py")
     host_python = "python3" if wanted.python else shlex.quote(sys.executable)  # the script is outside of any container
     found = {
@@ -151,7 +153,7 @@ def parameters(base: Path, runs: list[Run], wanted: Resources) -> dict:
         "teardown": [
             "status=$?",
             f"runs=({folders})",
-            f"{host_python} {shlex.quote(str(end))} --run \"${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}\" "
+            f'{host_python} {shlex.quote(str(end))} --run "${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}" '
             f"--logs {logs} --status $status --restarts {wanted.restarts}",
         ],
         "additional_parameters": {"requeue": True, **wanted.sbatch},
@@ -190,6 +192,8 @@ def run_here(base: Path, runs: list[Run], wanted: Resources) -> int:
 
         gpus = min(1, torch.cuda.device_count())
     leave_job()
+    share = max(1, (os.cpu_count() or 1) // rank_count(wanted))
+    os.environ.setdefault("OMP_NUM_THREADS", str(wanted.cpus_per_task or share))
     executor = LocalExecutor(base / "slurm", python=wanted.python)
     executor.update_parameters(
         timeout_min=YEAR,
@@ -216,7 +220,12 @@ def run_here(base: Path, runs: list[Run], wanted: Resources) -> int:
 
 def remember(job: str, base: Path, run: Run, wanted: Resources) -> None:
     """Note for watch.py which job this run is and where its logs are."""
-    told = {"job": job, "logs": str(base / "slurm"), "ranks": wanted.nodes * rank_count(wanted), "task": run.launch.task}
+    told = {
+        "job": job,
+        "logs": str(base / "slurm"),
+        "ranks": wanted.nodes * rank_count(wanted),
+        "task": run.launch.task,
+    }
     (run.out / "slurm" / "job.json").write_text(json.dumps(told) + "\n")
 
 

@@ -73,7 +73,9 @@ def state(run: Path, top: Path) -> str:
     """In one or a few words: SLURM's state of its job if it has one now, else what the files say."""
     job = job_of(run) or job_of(top)
     if job and shutil.which("squeue"):
-        asked = subprocess.run(["squeue", "-h", "-j", job["job"], "-o", "%T|%r|%M|%l|%N"], capture_output=True, text=True)
+        asked = subprocess.run(
+            ["squeue", "-h", "-j", job["job"], "-o", "%T|%r|%M|%l|%N"], capture_output=True, text=True
+        )
         if asked.returncode == 0 and asked.stdout.strip():
             word, reason, used, limit, nodes = asked.stdout.strip().splitlines()[0].split("|")
             if word in ("RUNNING", "COMPLETING"):
@@ -150,7 +152,8 @@ def logs(run: Path, lines: int) -> list[str]:
     told = []
     for rank in range(job["ranks"]):
         path = Path(job["logs"]) / f"{job['job']}_{rank}_log.out"
-        told += [f"  [rank {rank}] {line}" for line in tail(path, lines)]
+        said = [line for line in tail(path, lines + 4) if not line.startswith("submitit INFO")]
+        told += [f"  [rank {rank}] {line}" for line in said[-lines:]]
     return told
 
 

@@ -87,12 +87,13 @@ class Cluster:
 
     def until(self, job: str, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait for the condition; False when the job ended before. A requeued job does not wait its two minutes."""
-        deadline = time.monotonic() + seconds
+        deadline, ended = time.monotonic() + seconds, 0
         while time.monotonic() < deadline:
             if condition():
                 return True
             found = self.states(job)
-            if found and all(state.split()[0] in ENDED for state in found):
+            ended = ended + 1 if found and all(state.split()[0] in ENDED for state in found) else 0
+            if ended == 20:  # for two seconds: a job that is being requeued passes through such a state
                 return condition()
             if any(state == "PENDING BeginTime" for state in found):
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)

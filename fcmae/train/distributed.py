@@ -122,9 +122,7 @@ def joined(config: Any) -> Iterator[World]:
         return
     cuda = device.type == "cuda"
     meeting = {"init_method": place.address, "rank": place.rank, "world_size": place.size} if place.address else {}
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None, **meeting
-    )
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None, **meeting)
     held: list = [None] * place.size
     dist.all_gather_object(held, (code_version(), settings.to_dict(config)))
     check_alike(held)

@@ -69,11 +69,7 @@ def first_host(nodes: str) -> str:
 
 def tasks_on_node(tasks: str, node: int) -> int:
     """How many tasks node number `node` has of a list as SLURM writes it: `4(x2),3` -> 4, 4, 3."""
-    counts = [
-        int(count)
-        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
-        for _ in range(int(times or 1))
-    ]
+    counts = [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(times or 1))]
     return counts[node] if node < len(counts) else 1
 
 
