@@ -32,7 +32,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Step:
-    """What one GPU computes: `image` seconds an image and `pass_` a forward and backward pass, for however few images."""
+    """What one GPU computes: `image` seconds an image and `pass_` besides, however few images it has."""
 
     image: float
     pass_: float
@@ -68,10 +68,10 @@ def all_reduce(size: float, gpus: int, cluster: Cluster) -> float:
 
 
 def estimate(step: Step, buckets: Sequence[int], gpus: int, effective_batch: int, cluster: Cluster) -> dict[str, float]:
-    """One optimizer step on `gpus`: images a pass, passes, and seconds; `exposed` is what of the exchange is waited for.
+    """One optimizer step on `gpus`: images a pass, passes, seconds; `exposed` is what of the exchange is waited for.
 
-    All passes but the last keep their gradients. The last one's backward fills the buckets at an even rate of bytes, and
-    they are exchanged one after another, each as soon as it is full.
+    All passes but the last keep their gradients. The last one's backward fills the buckets at an even rate of bytes,
+    and they are exchanged one after another, each as soon as it is full.
     """
     images = effective_batch / gpus
     passes = max(1, -(-effective_batch // (gpus * step.batch)))
@@ -124,8 +124,8 @@ def main() -> None:
     for row in rows:
         times = " | ".join(f"{1e3 * row[key]:.1f}" for key in ("compute", "exchange", "exposed"))
         print(
-            f"| {row['gpus']} | {row['images_per_pass']:g} x {row['passes']} | {times} | {row['images_per_second']:,.0f} "
-            f"| {row['efficiency']:.0%} |"
+            f"| {row['gpus']} | {row['images_per_pass']:g} x {row['passes']} | {times} "
+            f"| {row['images_per_second']:,.0f} | {row['efficiency']:.0%} |"
         )
     if given.json:
         with open(given.json, "w") as file:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from fcmae import config as settings
 from fcmae.config import setting
@@ -31,7 +30,7 @@ class Resources:
     constraint: str | None = setting(None, "as sbatch's")
     python: str | None = setting(None, "the interpreter on the nodes, or a container's command; null: this one")
     setup: list[str] = setting([], "shell lines before the job, e.g. `module load cuda`")
-    sbatch: dict[str, Any] = setting({}, "any other options of sbatch by their long names, e.g. {exclude: n7}")
+    sbatch: list[str] = setting([], "any other options of sbatch, e.g. --exclude=n7")
 
 
 COMMAND_LINE = tuple(key for key in settings.describe(Resources) if key not in ("setup", "sbatch"))
@@ -49,6 +48,9 @@ def resources(profile: str | None, given: dict[str, str]) -> Resources:
         value = getattr(found, key)
         if value is not None and value < 1:
             raise UsageError(f"{key}={value} will not do: it must be 1 or more")
+    for option in found.sbatch:
+        if not re.fullmatch(r"--[a-z][a-z-]*(=.+)?", option):
+            raise UsageError(f"sbatch: {option} will not do: each must be --name or --name=value")
     gpus = found.gpus_per_node
     if gpus is not None and not re.fullmatch(r"(\S+:)?\d+", gpus):
         raise UsageError(f"gpus_per_node={gpus} will not do: it must be a number or TYPE:NUMBER")
@@ -60,6 +62,12 @@ def resources(profile: str | None, given: dict[str, str]) -> Resources:
 def delay(wanted: Resources) -> int:
     """Seconds before the time limit at which SLURM sends its signal."""
     return wanted.signal_delay or min(120, 15 * wanted.timeout)
+
+
+def other_options(wanted: Resources) -> dict[str, str | bool]:
+    """Options of sbatch that have no name here, by theirs."""
+    split = (option.removeprefix("--").partition("=") for option in wanted.sbatch)
+    return {name: value if sign else True for name, sign, value in split}
 
 
 def gpu_count(wanted: Resources) -> int:

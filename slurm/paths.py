@@ -63,8 +63,8 @@ def check_shared(folder: Path, mounts: str | None = None) -> str | None:
     if kind in MEMORY or (temporary and kind in DISKS):
         where = f"under {temporary}" if temporary else f"on {kind}"
         raise UsageError(
-            f"out={folder} is {where}, which every machine has its own of; choose a folder that all nodes share, or add "
-            f"--not-shared if the job's nodes see this very one"
+            f"out={folder} is {where}, which every machine has its own of; choose a folder that all nodes share, or "
+            f"add --not-shared if the job's nodes see this very one"
         )
     if kind in DISKS:
         return f"out={folder} is on a disk of this machine ({kind}): make sure that the nodes see it under this name"

@@ -20,7 +20,7 @@ from fcmae import config as settings
 from fcmae.__main__ import COMMANDS
 from fcmae.errors import UsageError, nearest
 from fcmae.launch import Launch
-from options import COMMAND_LINE, Resources, delay, gpu_count, rank_count, resources
+from options import COMMAND_LINE, Resources, delay, gpu_count, other_options, rank_count, resources
 from paths import absolute_overrides, check_shared, make_writable, out_of
 
 TASKS = [name.removeprefix("fcmae.") for name, what in COMMANDS.items() if "CONFIG.yaml" in what]
@@ -156,7 +156,7 @@ def parameters(base: Path, runs: list[Run], wanted: Resources) -> dict:
             f'{host_python} {shlex.quote(str(end))} --run "${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}" '
             f"--logs {logs} --status $status --restarts {wanted.restarts}",
         ],
-        "additional_parameters": {"requeue": True, **wanted.sbatch},
+        "additional_parameters": {"requeue": True, **other_options(wanted)},
     }
     for key in ("gpus_per_node", "cpus_per_task", "mem", "partition", "account", "qos", "constraint"):
         if getattr(wanted, key) is not None:

@@ -95,7 +95,9 @@ class Cluster:
             ended = ended + 1 if found and all(state.split()[0] in ENDED for state in found) else 0
             if ended == 20:  # for two seconds: a job that is being requeued passes through such a state
                 return condition()
-            if any(state == "PENDING BeginTime" for state in found):
+            # The two minutes that SLURM waits are for its daemons' sake: a step that starts while the one of the same
+            # number is still being put away fails.
+            if "PENDING BeginTime" in found and not self.put_away(job):
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             time.sleep(0.1)
         raise AssertionError(f"nothing after {seconds} s: {self.states(job)}")
@@ -109,6 +111,14 @@ class Cluster:
         """How often the job was requeued."""
         words = self.run("scontrol", "show", "job", job).split()
         return int(next(word for word in words if word.startswith("Restarts=")).removeprefix("Restarts="))
+
+    def put_away(self, job: str) -> bool:
+        """Whether daemons of the job's former start are still there."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (folder / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
+                    return True
+        return False
 
     def kill_rank(self, job: str, rank: int) -> None:
         """SIGKILL for one rank of a running job."""

@@ -42,8 +42,8 @@ def check_alike(held: list[tuple[str, dict[str, Any]]]) -> None:
     if others:
         changed = settings.differences(config, held[others[0]][1])
         raise UsageError(
-            f"{_ranks(others)} other settings than rank 0 ({'; '.join(changed[:3])}); start every process with the same "
-            f"command"
+            f"{_ranks(others)} other settings than rank 0 ({'; '.join(changed[:3])}); start every process with the "
+            f"same command"
         )
 
 

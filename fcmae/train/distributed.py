@@ -1,4 +1,4 @@
-"""One process or many: rank, device, and the few collectives training needs; the same from SLURM, torchrun or nothing."""
+"""One process or many: rank, device, and the few collectives training needs; from SLURM, torchrun or nothing."""
 
 from __future__ import annotations
 

@@ -20,33 +20,37 @@ WAIT_SECONDS = 120
 def locked(path: Path, wait: float = WAIT_SECONDS) -> IO:
     """`path`, open and locked until it is closed or this process ends; it names who holds it.
 
-    The lock is POSIX's (fcntl): it holds between machines wherever the file system passes such locks on, as NFS 4, Lustre
-    mounted with `flock`, GPFS and BeeGFS (where enabled) do, and else among this machine's processes. The same SLURM job, started
-    again, waits up to `wait` seconds for its former self. Raises UsageError when another process holds it.
+    The lock is POSIX's (fcntl). Between machines it holds where the file system passes such locks on: NFS 4, GPFS,
+    Lustre mounted with `flock`, BeeGFS where enabled; elsewhere among the processes of one machine, or, where the
+    system refuses locks, not at all, which is said. The same SLURM job, started again, waits up to `wait` seconds for
+    its former self. Raises UsageError when another process holds it.
     """
     file = open(path, "a+")
     deadline = time.monotonic() + wait
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it, unlike flock's
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip()
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                file.close()
-                raise  # no locks here: the system says so
-            if not _is_former_self(holder) or time.monotonic() > deadline:
-                file.close()
-                who = f" ({holder})" if holder else ""
-                raise UsageError(
-                    f"another process is running in {path.parent}{who}; wait for it, or choose another folder with out=..."
-                ) from None
-            time.sleep(1)
-            continue
-        file.truncate(0)
-        file.write(f"{_this_process()}\n")
-        file.flush()
-        return file
+    while not _taken(file):
+        file.seek(0)
+        holder = file.read().strip()
+        if not _is_former_self(holder) or time.monotonic() > deadline:
+            file.close()
+            who = f" ({holder})" if holder else ""
+            raise UsageError(
+                f"another process is running in {path.parent}{who}; wait for it, or choose another folder with out=..."
+            )
+        time.sleep(1)
+    file.truncate(0)
+    file.write(f"{_this_process()}\n")
+    file.flush()
+    return file
+
+
+def _taken(file: IO) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it, unlike flock's
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        print(f"warning: {file.name}: {error.strerror}: a second process in this folder would not be noticed")
+    return True
 
 
 def _this_process() -> str:

@@ -12,7 +12,7 @@ import torch
 
 from helpers import close
 from slurm_cluster import ROOT, submit
-from small_runs import CONFIG, assert_same_run, final_state, make_pictures, metrics, run
+from small_runs import CONFIG, assert_same_run, make_pictures, metrics, run
 
 pytestmark = pytest.mark.slurm
 
