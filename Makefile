@@ -60,4 +60,4 @@ $(STAMP): pyproject.toml setup.py | $(PY)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	find fcmae kernels tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fcmae kernels tests configs slurm -name __pycache__ -type d -prune -exec rm -rf {} +

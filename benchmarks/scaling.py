@@ -38,6 +38,7 @@ class Step:
     pass_: float
     backward: float  # share of a pass that is the backward one
     batch: int  # images a pass at most
+    update: float = 0.0  # seconds of the optimizer
 
 
 def gradient_buckets(sizes: Sequence[int], cap: float = 25 * MIB, first: float = MIB) -> list[int]:
@@ -82,13 +83,13 @@ def estimate(step: Step, buckets: Sequence[int], gpus: int, effective_batch: int
         filled += size
         ready = begin + step.backward * once * filled / whole
         free = max(free, ready) + all_reduce(size, gpus, cluster)
-    seconds = max(compute, free)
+    seconds = max(compute, free) + step.update
     exchange = sum(all_reduce(size, gpus, cluster) for size in buckets)
-    alone = step.image + step.pass_ / min(step.batch, effective_batch)  # of one GPU, per image
+    alone = effective_batch * step.image + step.update + step.pass_ * -(-effective_batch // step.batch)  # on one GPU
     return {
         "gpus": gpus, "images_per_pass": images / passes, "passes": passes, "compute": compute, "exchange": exchange,
-        "exposed": seconds - compute, "seconds": seconds, "images_per_second": effective_batch / seconds,
-        "efficiency": effective_batch * alone / gpus / seconds,
+        "exposed": seconds - step.update - compute, "seconds": seconds, "images_per_second": effective_batch / seconds,
+        "efficiency": alone / gpus / seconds,
     }  # fmt: skip
 
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--model", default="fcmae_convnextv2_base")
     parser.add_argument("--image-ms", type=float, required=True, help="forward and backward of one image on one GPU")
     parser.add_argument("--pass-ms", type=float, default=0.0, help="of a pass besides, however few its images")
+    parser.add_argument("--update-ms", type=float, default=0.0, help="of the optimizer, once a step")
     parser.add_argument("--backward", type=float, default=2 / 3, help="share of a pass that is the backward one")
     parser.add_argument("--batch-size", type=int, default=64, help="images a pass at most")
     parser.add_argument("--effective-batch", type=int, default=4096)
@@ -113,7 +115,7 @@ def main() -> None:
         model = create_model(given.model)
     sizes = [p.numel() * given.gradient_bytes for p in model.parameters() if p.requires_grad]
     buckets = gradient_buckets(sizes)
-    step = Step(given.image_ms / 1e3, given.pass_ms / 1e3, given.backward, given.batch_size)
+    step = Step(given.image_ms / 1e3, given.pass_ms / 1e3, given.backward, given.batch_size, given.update_ms / 1e3)
     cluster = Cluster(given.gpus_per_node, given.intra * 1e9, given.inter * 1e9, given.latency_us / 1e6)
     rows = [estimate(step, buckets, gpus, given.effective_batch, cluster) for gpus in given.gpus]
 

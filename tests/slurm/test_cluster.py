@@ -44,6 +44,14 @@ def log(out, job: str, rank: int) -> str:
     return (out / "slurm" / f"{job}_{rank}_log.out").read_text()
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    """A test that fails leaves no job to the next."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").run("scancel", "--user=root")
+
+
 @pytest.fixture(scope="module")
 def whole(cluster, place):
     """The uninterrupted run on two nodes."""
@@ -64,7 +72,7 @@ def test_two_nodes_follow_one_process(place, whole, tmp_path):
 
 def test_preempted_three_times_and_killed_once_it_ends_the_same(cluster, place, whole, tmp_path):
     out, rng = tmp_path / "run", random.Random()
-    job = cluster.submit(*arguments(place, out, "checkpoint.every=20"), *TWO_NODES)
+    job = cluster.submit(*arguments(place, out, "checkpoint.every=20", "data.workers=1"), *TWO_NODES)
     preemptions = [
         lambda: cluster.run("scancel", "--signal=USR1", job),
         lambda: cluster.run("scancel", "--signal=USR2", job),
@@ -87,7 +95,7 @@ def test_preempted_three_times_and_killed_once_it_ends_the_same(cluster, place, 
 
 def test_out_of_time_it_is_requeued_and_finishes(cluster, place, tmp_path):
     out = tmp_path / "run"
-    longer = ["train.steps=null", "train.seconds=60", "log.print_every=50", "checkpoint.every=100000"]
+    longer = ["train.steps=null", "train.seconds=45", "log.print_every=50", "checkpoint.every=100000"]
     job = cluster.submit(*arguments(place, out, *longer), *TWO_NODES, "--timeout", "1")
     assert cluster.wait(job, 240) == ["COMPLETED"], log(out, job, 0)
     assert cluster.restarts(job) >= 1
