@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from fcmae.errors import UsageError
+from fcmae.launch import lost_others
 from fcmae.train.agreement import check_alike, code_version
+from fcmae.train.lock import locked
 from fcmae.train.place import Place, find_place, first_host, tasks_on_node
 from slurm_cluster import ROOT
 from small_runs import CONFIG
 
 sys.path.insert(0, str(ROOT / "slurm"))
 import paths  # noqa: E402
+import requeue  # noqa: E402
 import submit  # noqa: E402
 import watch  # noqa: E402
 
@@ -178,3 +183,60 @@ def test_watch_reads_the_files_of_a_run_without_slurm(tmp_path, capsys):
     assert watch.main([str(tmp_path)]) == 0
     assert "running, step 30 of 60, epoch 3.00, loss 0.5000, 32 img/s, 0:00:08 left" in capsys.readouterr().out
     assert watch.main([str(tmp_path / "none")]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from fcmae.train.lock import locked
+held = locked(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_requeued_job_waits_for_its_former_self_and_no_other_does(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    env = {**os.environ, "SLURM_JOB_ID": "7"}
+    command = [sys.executable, "-c", HOLDER, str(path), "3"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        for job, restarts in (("8", "1"), ("7", "0")):
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+            with pytest.raises(UsageError, match="another process is running in .* SLURM job 7"):
+                locked(path, wait=60)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with locked(path, wait=60):
+            assert path.read_text().endswith(", SLURM job 7\n") and f"process {os.getpid()}" in path.read_text()
+
+
+def test_starts_without_a_new_checkpoint_are_counted(tmp_path):
+    run, kept = tmp_path / "run", tmp_path / "5_restarts.json"
+    folder = run / "arms" / "a" / "checkpoints"
+    folder.mkdir(parents=True)
+    counted = [requeue.starts_without_progress(run, kept)]
+    for name in ("step_000000003.pt", None, None, "step_000000010.pt"):
+        if name:
+            (folder / name).touch()
+        counted.append(requeue.starts_without_progress(run, kept))
+    assert counted == [1, 0, 1, 2, 0]
+
+
+def test_a_rank_that_failed_is_not_tried_again(tmp_path):
+    (tmp_path / "12_3_1_log.out").write_text("a line\nfcmae.pretrain: error: [rank 1] no such thing\n\n")
+    (tmp_path / "12_3_1_failed").write_text("2\n")
+    (tmp_path / "12_3_10_failed").write_text("1\n")
+    env = {**os.environ, "SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    command = [sys.executable, str(ROOT / "slurm" / "requeue.py"), "--run", str(tmp_path), "--logs", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--status", "143", "--restarts", "3"], env=env, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2 and "rank 1: fcmae.pretrain: error: [rank 1] no such thing\n" in done.stdout
+    assert "not requeued" in done.stdout
+
+
+def test_which_errors_mean_that_others_are_gone():
+    assert lost_others(RuntimeError("[.../gloo/transport/tcp/pair.cc:545] Connection closed by peer"))
+    assert lost_others(torch.distributed.DistNetworkError("no route"))
+    assert not lost_others(RuntimeError("shapes do not match")) and not lost_others(ValueError("gloo"))
