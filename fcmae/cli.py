@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
 from fcmae import config as settings
 from fcmae.errors import UsageError
+from fcmae.train.place import find_place, rank_label
 
 
 def run_command(command: str, schema: type, run: Callable[..., int], argv: list[str] | None = None) -> int:
@@ -24,6 +24,5 @@ def run_command(command: str, schema: type, run: Callable[..., int], argv: list[
             raise UsageError(f"name a config file first: python -m {command} CONFIG.yaml [key=value ...], or --help")
         return run(settings.load(schema, arguments[0], arguments[1:]))
     except (UsageError, OSError) as error:  # OSError: a full disk, a file that cannot be read
-        rank = os.environ.get("RANK")
-        print(f"{command}: error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr)
+        print(f"{command}: error: {rank_label(find_place())}{error}", file=sys.stderr)
         return 2

@@ -43,15 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 def compare(config: CompareConfig) -> int:
     """Compare as configured; see `main` for the result. Raises UsageError for bad input."""
     arms = arms_of(config)
-    world = distributed.start(config.device)
     labelled: list[Labelled] = []  # rank 0 alone evaluates
-    try:
+    with distributed.joined(config) as world:
         dataset = check(config, arms, world)
         world.on_main(lambda: labelled.extend(find_labelled(config)))
         world.on_main(lambda: claim(config))
         status, trained = train(config, arms, dataset, world)
-    finally:
-        distributed.stop(world)
     if status or not world.is_main:
         return status
     out = Path(config.out)

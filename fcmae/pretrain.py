@@ -28,6 +28,7 @@ from fcmae.train import checkpoint, checks, distributed, family, loop, optim
 from fcmae.train.head import describe_run, next_commands
 from fcmae.train.init import start_from
 from fcmae.train.log import Log
+from fcmae.train.place import find_place
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import make_schedule
 from fcmae.train.state import Progress, TrainState
@@ -43,18 +44,16 @@ def pretrain(config: Config) -> int:
     """Pretrain as configured; see `main` for the result. Raises UsageError for bad input."""
     checks.check(config)
     family.fill(config)
-    world = distributed.start(config.device)
-    stop = loop.StopSignal()
-    run = steps_of(config, world, stop)
-    try:
-        next(run)
-        with stop:
-            while True:
-                next(run)
-    except StopIteration as end:
-        return end.value
-    finally:
-        distributed.stop(world)
+    with distributed.joined(config) as world:
+        stop = loop.StopSignal()
+        run = steps_of(config, world, stop)
+        try:
+            next(run)
+            with stop:
+                while True:
+                    next(run)
+        except StopIteration as end:
+            return end.value
 
 
 def steps_of(
@@ -103,7 +102,7 @@ def steps_of(
         raise UsageError(
             f"{found} is at step {start}, beyond this run's {schedule.steps}; raise train.epochs or train.steps"
         )
-    if schedule.is_over(start, state.progress.seconds) and folder.encoder.is_file():
+    if world.on_main(lambda: schedule.is_over(start, state.progress.seconds) and folder.encoder.is_file()):
         if world.is_main:
             print(f"{folder.path} is complete at step {start}{'' if label else '; out=... starts another run'}")
         return 0
@@ -205,8 +204,9 @@ def worker_count(wanted: int) -> int:
     """Loader processes of this rank: as asked, or (-1) one for each of its cores, 8 at most."""
     if wanted >= 0:
         return wanted
+    place = find_place()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, cores, place.cores or cores // place.local_size))
 
 
 def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:

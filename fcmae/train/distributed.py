@@ -1,18 +1,26 @@
-"""One process or many: rank, device, and the few collectives training needs. Reads torchrun's environment variables."""
+"""One process or many: rank, device, and the few collectives training needs; from SLURM, torchrun or nothing."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from fcmae import config as settings
 from fcmae.errors import UsageError
+from fcmae.train.agreement import check_alike, code_version
+from fcmae.train.place import find_place
 
 T = TypeVar("T")
+
+# How long a process waits for the others. A dead one is noticed at once, by its launcher; this is for one that hangs,
+# and longer than rank 0 takes for anything that the others wait for, such as indexing the shards of a large dataset.
+PATIENCE = datetime.timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,25 @@ class World:
         return outcome[0]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns on every rank, done by rank 0 before the others, which then find its caches."""
+        """What `work` returns on every rank, done by rank 0 before the others, which then find its caches.
+
+        A UsageError on any is raised on all.
+        """
         made: list[T] = []
         self.on_main(lambda: made.append(work()))
-        return made[0] if made else work()
+        if self.size == 1:
+            return made[0]
+        error = None
+        try:
+            made = made or [work()]
+        except (UsageError, OSError) as failed:
+            error = str(failed)
+        errors: list = [None] * self.size
+        dist.all_gather_object(errors, error)
+        for rank, text in enumerate(errors):
+            if text is not None:
+                raise UsageError(f"on rank {rank}, though not on rank 0: {text}")
+        return made[0]
 
 
 def pick_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
@@ -80,20 +103,29 @@ def pick_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.de
     return device
 
 
-def start(device_name: str) -> World:
-    """Join the run that torchrun started, or be the only process. Call `stop` at the end."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)), size)
+@contextmanager
+def joined(config: Any) -> Iterator[World]:
+    """Among the processes that SLURM, torchrun or submitit started for this run, or alone, until the block ends.
+
+    config: the whole configuration, with its `device`; all processes must hold the same, and the same code. They leave
+    together. After an error none waits: the others may be in the middle of something, and the end of this process is
+    what tells them. Raises UsageError when the processes differ.
+    """
+    place = find_place()
+    # SLURM may show each task its own GPU only, as number 0.
+    alone = place.launcher == "SLURM" and torch.cuda.device_count() == 1
+    device = pick_device(config.device, 0 if alone else place.local_rank, place.size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ or size == 1:
-        return World(0, 1, device)
+    if place.size == 1:
+        yield World(0, 1, device)
+        return
     cuda = device.type == "cuda"
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def stop(world: World) -> None:
-    """Leave the process group."""
-    if world.size > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+    meeting = {"init_method": place.address, "rank": place.rank, "world_size": place.size} if place.address else {}
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None, **meeting)
+    held: list = [None] * place.size
+    dist.all_gather_object(held, (code_version(), settings.to_dict(config)))
+    check_alike(held)
+    yield World(place.rank, place.size, device)
+    dist.barrier()  # a launcher takes the first that leaves for a sign to end the others
+    dist.destroy_process_group()

@@ -31,15 +31,19 @@ class Hooks:
     name_of: Callable[[int], str]
 
 
+# Of people and systems, and of SLURM ahead of a time limit or a preemption.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
 class StopSignal:
-    """SIGTERM or SIGINT, remembered until the step is done. A second SIGINT interrupts at once."""
+    """SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, remembered until the step is done. A second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.received = 0
         self._before: dict = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING:
             self._before[number] = signal.signal(number, self._remember)
         return self
 

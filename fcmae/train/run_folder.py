@@ -6,7 +6,6 @@ encoder.safetensors
 
 from __future__ import annotations
 
-import fcntl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,6 +16,7 @@ from fcmae import config as settings
 from fcmae.errors import UsageError
 from fcmae.layouts import timm
 from fcmae.train import checkpoint, family
+from fcmae.train.lock import locked
 from fcmae.weights import write_safetensors
 
 _ARTIFACTS = ("metrics.jsonl", "times.jsonl", "tensorboard", "checkpoints", "reconstructions", "encoder.safetensors")
@@ -81,14 +81,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "w")
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it, unlike flock's
-            except OSError:
-                lock.close()
-                raise UsageError(
-                    f"another process is running in {self.path}; wait for it, or choose another folder with out=..."
-                ) from None
+            lock = locked(self.path / ".lock")
             # Before anything else: what lies here without it would look like another's.
             if not self.config.is_file():
                 settings.write_yaml(config, self.config)
