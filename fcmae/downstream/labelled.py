@@ -1,4 +1,4 @@
-"""Labelled images in class folders, and the split that is trained and validated on."""
+"""Labelled images in class folders or lists, and what is trained and validated on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from fcmae.data.sources import walk
 from fcmae.data.transforms import stats
 from fcmae.errors import UsageError
 
-SHORT_SIDE = 256 / 224  # an image is scaled to so many times the model's size, then cropped in the centre
+CROP = 224 / 256  # the share of a scaled image's side that the crop in its centre has
+LABEL_COLUMNS = ("label", "class")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def open_labelled(root: str, in_chans: int, seed: int, val_share: float, most: i
     if not os.path.isdir(path):
         raise UsageError(f"data.labelled={root} is no folder; give one with a folder for each class")
     divided = all(os.path.isdir(os.path.join(path, part)) for part in ("train", "val"))
-    parts = [_by_class(os.path.join(path, part), in_chans) for part in (("train", "val") if divided else ("",))]
+    parts = [by_class(os.path.join(path, part), in_chans) for part in (("train", "val") if divided else ("",))]
     classes = sorted(parts[0])
     if len(classes) < 2:
         found = f"only the class {classes[0]}" if classes else "no folder with images in it"
@@ -74,7 +75,8 @@ def open_labelled(root: str, in_chans: int, seed: int, val_share: float, most: i
     return Labelled(train, val, classes, split)
 
 
-def _by_class(root: str, in_chans: int) -> dict[str, list[str]]:
+def by_class(root: str, in_chans: int) -> dict[str, list[str]]:
+    """The images of each class folder, in one fixed order; folders without any are left out."""
     found: dict[str, list[str]] = {}
     for path in walk(root, extensions(in_chans)):
         name, _, rest = path.partition(os.sep)
@@ -97,8 +99,12 @@ class CentreCrops(Dataset):
         in_chans: int,
         mean: list[float] | None,
         std: list[float] | None,
+        crop_pct: float = CROP,
+        squash: bool = False,
+        interpolation: str = "bicubic",
     ):
         self.files, self.image_size, self.in_chans = files, image_size, in_chans
+        self.crop_pct, self.squash, self.interpolation = crop_pct, squash, interpolation
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in stats(in_chans, mean, std))
 
     def __len__(self) -> int:
@@ -113,13 +119,15 @@ class CentreCrops(Dataset):
         return self.crop(image), label
 
     def crop(self, image: Tensor) -> Tensor:
-        """Scaled, aspect kept, until 224/256 of it covers the model's size; the centre cut out; normalized."""
+        """Scaled, aspect kept, until the share `crop_pct` of it covers the model's size; the centre cut out;
+        normalized. squash: scaled to the model's size as it is, whatever its aspect."""
         from torchvision.transforms import v2
         from torchvision.transforms.v2 import functional as F
 
         (h, w), (height, width) = image.shape[-2:], self.image_size
-        scale = max(height / h, width / w) * SHORT_SIDE
+        scale = max(height / h, width / w) * (1 / self.crop_pct)
         size = [max(math.floor(h * scale), height), max(math.floor(w * scale), width)]
-        image = F.resize(image, size, v2.InterpolationMode.BICUBIC, antialias=True)
+        size = [height, width] if self.squash else size
+        image = F.resize(image, size, v2.InterpolationMode(self.interpolation), antialias=True)
         image = F.to_dtype(F.center_crop(image, list(self.image_size)), torch.float32, scale=True)
         return (image - self.mean) / self.std
