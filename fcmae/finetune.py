@@ -7,8 +7,6 @@ which learning rates -> run folder -> training loop with validations -> classifi
 
 from __future__ import annotations
 
-import copy
-import json
 import random
 import sys
 from collections.abc import Generator
@@ -23,7 +21,9 @@ from fcmae.cli import run_command
 from fcmae.data import LabelledImages, SampleStream, make_loader
 from fcmae.downstream import checks, export, groups, table
 from fcmae.downstream.augment import objective, training_transform
-from fcmae.downstream.data import as_source, open_parts, open_val
+from fcmae.downstream.batch_norm import average_statistics, normalize_features
+from fcmae.downstream.data import as_source, open_parts
+from fcmae.downstream.eval_only import evaluate
 from fcmae.downstream.evaluation import validate
 from fcmae.downstream.frozen import Frozen, last_blocks
 from fcmae.downstream.head import describe_run, next_commands
@@ -218,7 +218,7 @@ def steps_of(
 
 
 def find_images(config: DownstreamConfig, world: distributed.World) -> Labelled:
-    """The labelled images, every rank's the same. Raises UsageError when there are none, or not the classes expected."""
+    """The labelled images, the same on every rank. Raises UsageError when they or their classes are not as expected."""
     data, wanted = config.data, config.model.classes
     found = world.main_first(
         lambda: open_parts(data.train, data.val, config.model.in_chans, data.fraction, config.seed)
@@ -246,29 +246,11 @@ def claim(folder: RunFolder, config: DownstreamConfig, classes: list[str], parts
     return held
 
 
-def normalize_features(model: nn.Module) -> None:
-    """BatchNorm without affine before the classifier, as linear probing has it (arXiv 2111.06377 appendix A.1)."""
-    head = model.get_classifier()
-    norm = nn.BatchNorm1d(head.in_features, affine=False, eps=1e-6, device=head.weight.device)
-    owner = model.head if hasattr(model.head, "fc") else model
-    setattr(owner, "fc" if owner is not model else "head", nn.Sequential(norm, head))
-
-
 def averaged(model: nn.Module, decay: float):
     """timm's moving average of a model, all of whose tensors it follows."""
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(model, decay=decay)
-
-
-@torch.no_grad()
-def average_statistics(model: nn.Module, world: distributed.World) -> None:
-    """The same BatchNorm statistics on all ranks, their mean."""
-    if world.size > 1:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                world.mean(module.running_mean)
-                world.mean(module.running_var)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -312,47 +294,6 @@ def finish(
         "best": state.notes["best"],
     }
     export.write_json(folder.results, found)
-
-
-def evaluate(config: FinetuneConfig) -> int:
-    """Validate a fine-tuned file or run, and write nothing but, where `out` is set, eval.json and its tables there."""
-    config = copy.deepcopy(config)
-    if config.init is None and config.out is not None and (Path(config.out) / "validation.jsonl").is_file():
-        config.init = config.out
-    if config.init is None:
-        raise UsageError("--eval needs a classifier: init=FILE, or out=RUN of a fine-tuned run")
-    start = find_start(config)
-    if start.spec.classes is None:
-        raise UsageError(f"init={config.init} has no classifier to validate: fine-tune it first")
-    adopt(config, start)
-    checks.check(config, training=False)
-    world = distributed.start(config.device)
-    try:
-        given = start.about.get("classes")
-        labelled = open_val(config.data.val, config.model.in_chans, given, start.spec.classes, f"init={config.init}")
-        model = build(start, start.spec.classes, config).to(world.device)
-        found, scores = validate(model, config, labelled, world, worker_count(config.data.workers))
-    finally:
-        distributed.stop(world)
-    if world.is_main:
-        print(json.dumps(scores, indent=1))
-        if config.out is not None:
-            folder = Path(config.out)
-            folder.mkdir(parents=True, exist_ok=True)
-            export.write_json(folder / "eval.json", {"init": config.init, "val": config.data.val, **scores})
-    return 0
-
-
-def adopt(config: FinetuneConfig, start: Start) -> None:
-    """What fine-tuning wrote beside the file holds for validating it, where the configuration does not say otherwise."""
-    about, fresh = start.about, FinetuneConfig()
-    if start.is_vit:
-        config.model.pool = "avg" if start.spec.fc_norm else "token"
-    if config.model.image_size == fresh.model.image_size and about:
-        config.model.image_size = about["image_size"]
-    for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
-        if getattr(config.data, key) == getattr(fresh.data, key) and key in about:
-            setattr(config.data, key, about[key])
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class KeyedImages(Dataset, ABC):
 
     @abstractmethod
     def more(self, loaded: int, seed: np.random.SeedSequence) -> dict[str, Tensor | int]:
-        """What an item has besides its image, which is the source's number `loaded`; seed: for randomness of its own."""
+        """What an item has besides its image, the source's number `loaded`; seed: for randomness of its own."""
 
     def _load(self, index: int, spare: np.random.Generator) -> tuple[Tensor, int, list[str]]:
         bad: list[str] = []

@@ -26,9 +26,8 @@ def training_transform(config: DownstreamConfig) -> Callable[[Tensor], Tensor]:
     steps = list(pipeline.transforms)
     steps[0].interpolation = v2.InterpolationMode(data.interpolation)
     if data.randaugment:
-        steps.insert(
-            2, _RandAugment(data.randaugment, size, stats(channels, data.mean, data.std)[0], data.interpolation)
-        )
+        mean, _ = stats(channels, data.mean, data.std)
+        steps.insert(2, _RandAugment(data.randaugment, size, mean, data.interpolation))
     if data.random_erasing:
         steps.append(RandomErasing(data.random_erasing, mode="pixel", device="cpu"))
     return v2.Compose(steps)
@@ -59,9 +58,11 @@ def objective(config: DownstreamConfig, classes: int) -> Callable[[Callable[[Ten
     """
     data, smoothing = config.data, config.train.label_smoothing
     if not (data.mixup or data.cutmix):
-        return lambda forward, images, labels: F.cross_entropy(
-            forward(images).float(), labels, label_smoothing=smoothing
-        )
+
+        def plain(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(forward(images).float(), labels, label_smoothing=smoothing)
+
+        return plain
     from timm.data import Mixup
     from timm.loss import SoftTargetCrossEntropy
 

@@ -8,12 +8,7 @@ from fcmae.downstream.settings import DownstreamConfig, ProbeConfig
 from fcmae.errors import UsageError
 from fcmae.train import checks
 
-POOLS, CROPS, RESIZERS, MODES = (
-    ("avg", "token"),
-    ("center", "squash"),
-    ("bicubic", "bilinear"),
-    ("linear", "partial", "knn"),
-)
+MODES = ("linear", "partial", "knn")
 _RANDAUGMENT = re.compile(r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t\w+))*")
 
 
@@ -33,7 +28,7 @@ def check(config: DownstreamConfig, training: bool = True) -> None:
         (config.seed >= 0, "seed", "0 or more"),
         (model.in_chans >= 1, "model.in_chans", "1 or more"),
         (model.classes is None or model.classes >= 2, "model.classes", "2 or more, or null"),
-        (model.pool in POOLS, "model.pool", "avg or token"),
+        (model.pool in ("avg", "token"), "model.pool", "avg or token"),
         (0 <= model.drop_path < 1, "model.drop_path", "in [0, 1)"),
         (model.head_init_scale >= 0, "model.head_init_scale", "0 or more"),
         (0 < data.fraction <= 1, "data.fraction", "more than 0 and at most 1"),
@@ -47,8 +42,8 @@ def check(config: DownstreamConfig, training: bool = True) -> None:
         (0 <= data.mixup_switch_prob <= 1, "data.mixup_switch_prob", "between 0 and 1"),
         (not mixes or train.batch_size % 2 == 0, "train.batch_size", "even where mixup or cutmix mix it"),
         (data.crop_pct is None or 0 < data.crop_pct <= 1, "data.crop_pct", "in (0, 1], or null"),
-        (data.crop_mode in CROPS, "data.crop_mode", "center or squash"),
-        (data.interpolation in RESIZERS, "data.interpolation", "bicubic or bilinear"),
+        (data.crop_mode in ("center", "squash"), "data.crop_mode", "center or squash"),
+        (data.interpolation in ("bicubic", "bilinear"), "data.interpolation", "bicubic or bilinear"),
         (train.optimizer in ("adamw", "lars"), "train.optimizer", "adamw or lars"),
         (train.layer_decay is None or 0 < train.layer_decay <= 1, "train.layer_decay", "in (0, 1], or null"),
         (train.layer_decay_scheme in (None, "block", "group"), "train.layer_decay_scheme", "block, group or null"),

@@ -27,9 +27,10 @@ def centre_crops(config: DownstreamConfig, files: list[tuple[str, int]]) -> Cent
 
 
 def batches(config: DownstreamConfig, files: list[tuple[str, int]], world: World, workers: int):
-    """This rank's share of the files, every `world.size`-th, each image on one rank alone."""
-    crops = centre_crops(config, files)
-    return loader(Subset(crops, range(world.rank, len(files), world.size)), config.eval.batch_size, workers)
+    """This rank's share of the files, in their order; each is on one rank alone."""
+    crops, count = centre_crops(config, files), len(files)
+    share = range(count * world.rank // world.size, count * (world.rank + 1) // world.size)
+    return loader(Subset(crops, share), config.eval.batch_size, workers)
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from fcmae.data.transforms import stats
+from fcmae.downstream.batch_norm import plain
 from fcmae.downstream.evaluation import per_class
 from fcmae.downstream.settings import DownstreamConfig, crop_pct, image_size
-from fcmae.downstream.start import Start, classifier
+from fcmae.downstream.start import Start
 from fcmae.files import write_whole
 from fcmae.pictures import empty_figure
 from fcmae.weights import write_safetensors
@@ -56,21 +57,6 @@ def write_classifier(
     state = {key: x.detach().cpu().contiguous() for key, x in plain(model).items()}
     write_safetensors(path, state)
     write_json(path.with_suffix(".json"), about)
-
-
-def plain(model: nn.Module) -> dict[str, Tensor]:
-    """timm's state dict of a model, a BatchNorm before the classifier folded into it."""
-    state, head = dict(model.state_dict()), classifier(model)
-    if not isinstance(head, nn.Sequential):
-        return state
-    [prefix] = [name for name, module in model.named_modules() if module is head]
-    norm, linear = head
-    state = {key: x for key, x in state.items() if not key.startswith(f"{prefix}.")}
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    weight = linear.weight.double() * scale
-    state[f"{prefix}.weight"] = weight.float()
-    state[f"{prefix}.bias"] = (linear.bias.double() - weight @ norm.running_mean.double()).float()
-    return state
 
 
 def write_tables(folder: Path, table: Tensor, classes: list[str], found: dict) -> None:

@@ -36,10 +36,8 @@ def describe_run(
     scales = [group["lr_scale"] for group in parts]
     layers = "the same lr for all"
     if config.train.layer_decay not in (None, 1):
-        layers = (
-            f"lr x {min(scales):.3g} of the first to {max(scales):g} of the last layer, {config.train.layer_decay:g} per "
-            f"{scheme_of(start.spec, config.train)}"
-        )
+        per = f"{config.train.layer_decay:g} per {scheme_of(start.spec, config.train)}"
+        layers = f"lr x {min(scales):.3g} of the first to {max(scales):g} of the last layer, {per}"
     rows = {
         "fcmae": f"{fcmae.__version__}, torch {torch.__version__}",
         "device": f"{device} x {world.size}, {config.train.precision}{compiled}",
@@ -65,8 +63,8 @@ def next_commands(config: DownstreamConfig, folder: RunFolder) -> str:
     ema = f", {100 * found['ema']['top1']:.2f} % of the average" if found["ema"] else ""
     best, out = found["best"], folder.path
     lines = [
-        f"done: {out}: top-1 {100 * found['last']['top1']:.2f} % at the end{ema}; best {100 * best['top1']:.2f} % at step "
-        f"{best['step']} ({best['of']})",
+        f"done: {out}: top-1 {100 * found['last']['top1']:.2f} % at the end{ema}; "
+        f"best {100 * best['top1']:.2f} % at step {best['step']} ({best['of']})",
         f"look:      {out}/curve.png, confusion.png, per_class.json, results.json",
     ]
     if found["model"]:

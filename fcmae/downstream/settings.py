@@ -40,9 +40,7 @@ class DownstreamData:
     crop_pct: float | None = setting(
         None, "to validate: side of the centre crop as a share of the scaled image; null: 0.875, beyond 224 px 1.0"
     )
-    crop_mode: str = setting(
-        "center", "to validate: center (aspect kept, cropped) or squash (scaled to the size as is)"
-    )
+    crop_mode: str = setting("center", "to validate: center (aspect kept, cropped) or squash (scaled to the size)")
     interpolation: str = setting("bicubic", "bicubic or bilinear")
     mean: list[float] | None = setting(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
     std: list[float] | None = setting(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
@@ -114,7 +112,7 @@ class FinetuneConfig(DownstreamConfig):
 class ProbeSettings:
     mode: str = setting("linear", "linear, partial or knn")
     blocks: list[float] = setting(
-        [0.0, 0.5, 1.0, 2.0, 4.0], "partial: how many of the last blocks to train, a run each"
+        [0.0, 0.5, 1.0, 2.0, 4.0], "partial: how many of the last blocks are trained, a run each"
     )
     batch_norm: bool = setting(True, "linear, partial: BatchNorm without affine before the classifier")
     neighbours: list[int] = setting([10, 20, 200], "knn: nearest training images that vote")

@@ -89,14 +89,9 @@ def build(start: Start, classes: int, config: DownstreamConfig) -> nn.Module:
     state = FAMILIES[spec.family]["timm"].from_fcmae(ours)
     model = timm_model(spec, state, drop_path_rate=config.model.drop_path)
     if classes:
-        new_head(classifier(model), HEAD_STD * config.model.head_init_scale)
+        new_head(model.get_classifier(), HEAD_STD * config.model.head_init_scale)
     model.load_state_dict(model.state_dict() | state, strict=True)
     return model.train()
-
-
-def classifier(model: nn.Module) -> nn.Linear:
-    """The last layer of a timm model."""
-    return model.get_classifier()
 
 
 def new_head(head: nn.Linear, std: float) -> None:

@@ -53,7 +53,8 @@ def markdown(rows: list[dict]) -> str:
             gain = f"{100 * (top1(row) - sum(map(top1, same)) / len(same)):+.2f}"
         ema = f"{100 * row['ema']['top1']:.2f}" if row["ema"] else "–"
         lines.append(
-            f"| {row['run']} ({row['model']}) | {row['init'] or 'scratch'} | {row['epochs']:g} | {row['fraction']:.0%} | "
+            f"| {row['run']} ({row['model']}) | {row['init'] or 'scratch'} | {row['epochs']:g} | {row['fraction']:.0%} "
+            "| "
             f"{100 * row['last']['top1']:.2f} | {ema} | {100 * row['last']['balanced']:.2f} | {gain} |"
         )
     return "\n".join(lines) + "\n"
