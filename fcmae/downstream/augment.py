@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +44,22 @@ class _RandAugment:
         fill = tuple(min(255, round(255 * x)) for x in mean)
         given = {"translate_const": int(min(size) * 0.45), "img_mean": fill}
         self.augment = rand_augment_transform(words, given | {"interpolation": str_to_pil_interp(interpolation)})
+        for op in self.augment.ops:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = partial(_posterize, op.aug_fn)
 
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2 import functional as F
 
         image = F.to_dtype(image, torch.uint8, scale=True)
         return F.pil_to_tensor(self.augment(F.to_pil_image(image)))
+
+
+def _posterize(posterize: Callable, image, bits: int, **arguments):
+    """timm's, and black for the 0 bits that its strongest level keeps, which Pillow 13 refuses."""
+    from PIL import Image
+
+    return posterize(image, bits, **arguments) if bits else Image.new(image.mode, image.size)
 
 
 def objective(config: DownstreamConfig, classes: int) -> Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]:

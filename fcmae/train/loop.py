@@ -77,9 +77,9 @@ def train(
     """Train from `state.progress` to the end of `schedule`, one step for each value asked for, which is the progress.
 
     Returns 0, or the number of the signal that ended it early. What happens between two steps is not in its seconds.
-    forward: the state's model, compiled or wrapped for several ranks, as `hooks.loss` runs it. loader: what `hooks.loss`
-    takes, dicts with "index" (B,) int64 and "bad", names of unreadable images that were replaced, among other things.
-    in_turn: other runs use the device between the steps.
+    forward: the state's model, compiled or wrapped for several ranks, as `hooks.loss` runs it. loader: what that takes,
+    dicts with "index" (B,) int64 and "bad", names of unreadable images that were replaced, among other things. in_turn:
+    other runs use the device between the steps.
     Raises UsageError when steps stay non-finite or too many images are unreadable; the last checkpoint then stands.
     """
     optimizer, scaler, progress = state.optimizer, state.scaler, state.progress
