@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from fcmae.downstream.settings import DownstreamConfig, crop_pct, image_size
 from fcmae.errors import UsageError
 from fcmae.train.distributed import World
 from fcmae.train.optim import autocast
+
+MOST_CLASSES = 2000  # of which every pair is counted: 22,000 would take gigabytes
 
 
 def centre_crops(config: DownstreamConfig, files: list[tuple[str, int]]) -> CentreCrops:
@@ -33,69 +35,86 @@ def batches(config: DownstreamConfig, files: list[tuple[str, int]], world: World
     return loader(Subset(crops, share), config.eval.batch_size, workers)
 
 
+@dataclass
+class Tally:
+    """Counts over validation images: of each class (C,) how many there are and how many are right; `table` (C, C), the
+    images of each true (row) and predicted class (column), None for more than MOST_CLASSES; and sums over images."""
+
+    totals: Tensor
+    right: Tensor
+    table: Tensor | None
+    loss: float = 0.0
+    top5: int = 0
+    unreadable: int = 0
+
+    @classmethod
+    def empty(cls, classes: int) -> Tally:
+        """Of so many classes, nothing counted."""
+        zeros = [torch.zeros(classes, dtype=torch.int64) for _ in range(2)]
+        return cls(*zeros, torch.zeros(classes, classes, dtype=torch.int64) if classes <= MOST_CLASSES else None)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count images with logits (B, C) and labels (B,), both on the CPU."""
+        predicted, ones = logits.argmax(1), torch.ones_like(labels)
+        self.totals.index_add_(0, labels, ones)
+        self.right.index_add_(0, labels, (predicted == labels).long())
+        if self.table is not None:
+            self.table.index_put_((labels, predicted), ones, accumulate=True)
+        self.loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
+        self.top5 += int((logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).sum())
+
+    def over(self, world: World) -> Tally:
+        """The tally of all ranks."""
+        if world.size == 1:
+            return self
+        counts = [world.sum(x.to(world.device)).cpu() for x in (self.totals, self.right)]
+        table = None if self.table is None else world.sum(self.table.to(world.device)).cpu()
+        sums = torch.tensor([self.loss, self.top5, self.unreadable], dtype=torch.float64, device=world.device)
+        loss, top5, unreadable = world.sum(sums).tolist()
+        return Tally(*counts, table, loss, int(top5), int(unreadable))
+
+    def per_class(self) -> list[float | None]:
+        """Of each class the share of its images that is right; None without any."""
+        pairs = zip(self.right.tolist(), self.totals.tolist(), strict=True)
+        return [right / total if total else None for right, total in pairs]
+
+    def scores(self) -> dict[str, float]:
+        """Top-1, its standard error, top-5, the mean over classes of each one's share that is right, the mean loss.
+
+        Raises UsageError when no image could be read.
+        """
+        count = int(self.totals.sum())
+        if not count:
+            raise UsageError("no image of data.val could be read")
+        seen = [share for share in self.per_class() if share is not None]
+        top1 = int(self.right.sum()) / count
+        return {
+            "top1": top1,
+            "standard_error": (top1 * (1 - top1) / count) ** 0.5,
+            "top5": self.top5 / count,
+            "balanced": sum(seen) / len(seen),
+            "loss": self.loss / count,
+            "images": count,
+            "unreadable": self.unreadable,
+        }
+
+
 @torch.no_grad()
-def confusion(
-    model: Callable[[Tensor], Tensor], batches, classes: int, world: World, precision: str
-) -> tuple[Tensor, dict[str, float]]:
-    """The images of each true (row) and predicted class (column), (C, C) int64, and sums over all images and ranks.
-
-    model: images (B, C, H, W) to logits (B, classes), in evaluation mode. Unreadable images are counted and left out.
-    """
-    table = torch.zeros(classes * classes, dtype=torch.int64)
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, right among the first five, unreadable
-    for images, labels in batches:
-        read = labels >= 0
-        sums[2] += int((~read).sum())
-        if not read.any():
-            continue
-        labels = labels[read]
-        with autocast(world.device, precision):
-            logits = model(images[read].to(world.device))
-        logits = logits.float().cpu()
-        table += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
-        best = logits.topk(min(5, classes), dim=1).indices
-        sums[0] += F.cross_entropy(logits.double(), labels, reduction="sum")
-        sums[1] += int((best == labels[:, None]).sum())
-    table, sums = world.sum(table.to(world.device)).cpu(), _sum_doubles(world, sums)
-    return table.view(classes, classes), dict(zip(("loss", "top5", "unreadable"), sums.tolist(), strict=True))
-
-
-def scores(table: Tensor, sums: dict[str, float]) -> dict[str, float]:
-    """Top-1, its standard error, top-5, the mean over classes of each one's share that is right, and the mean loss."""
-    count = int(table.sum())
-    if not count:
-        raise UsageError("no image of data.val could be read")
-    each = per_class(table)
-    seen = [share for share in each if share is not None]
-    top1 = table.diag().sum().item() / count
-    return {
-        "top1": top1,
-        "standard_error": (top1 * (1 - top1) / count) ** 0.5,
-        "top5": sums["top5"] / count,
-        "balanced": sum(seen) / len(seen),
-        "loss": sums["loss"] / count,
-        "images": count,
-        "unreadable": int(sums["unreadable"]),
-    }
-
-
-def per_class(table: Tensor) -> list[float | None]:
-    """Of each class the share of its images that is right; None without any."""
-    totals = table.sum(1).tolist()
-    return [right / total if total else None for right, total in zip(table.diag().tolist(), totals, strict=True)]
-
-
 def validate(
     model: nn.Module, config: DownstreamConfig, labelled: Labelled, world: World, workers: int
-) -> tuple[Tensor, dict[str, float]]:
-    """The confusion table and `scores` of a classifier on the validation images; the model is left in eval mode."""
+) -> tuple[Tally, dict[str, float]]:
+    """The counts over all ranks and their scores of a classifier on the validation images; it is left in eval mode.
+
+    Unreadable images are counted and left out.
+    """
     model.eval()
-    shares = batches(config, labelled.val, world, workers)
-    table, sums = confusion(model, shares, len(labelled.classes), world, config.train.precision)
-    return table, scores(table, sums)
-
-
-def _sum_doubles(world: World, sums: Tensor) -> Tensor:
-    if world.device.type == "mps":  # which has no float64
-        return sums
-    return world.sum(sums.to(world.device)).cpu()
+    tally = Tally.empty(len(labelled.classes))
+    for images, labels in batches(config, labelled.val, world, workers):
+        read = labels >= 0
+        tally.unreadable += int((~read).sum())
+        if read.any():
+            with autocast(world.device, config.train.precision):
+                logits = model(images[read].to(world.device))
+            tally.add(logits.float().cpu(), labels[read])
+    tally = tally.over(world)
+    return tally, tally.scores()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fcmae.data.transforms import stats
 from fcmae.downstream.batch_norm import plain
-from fcmae.downstream.evaluation import per_class
+from fcmae.downstream.evaluation import Tally
 from fcmae.downstream.settings import DownstreamConfig, crop_pct, image_size
 from fcmae.downstream.start import Start
 from fcmae.files import write_whole
@@ -18,7 +18,7 @@ from fcmae.pictures import empty_figure
 from fcmae.weights import write_safetensors
 
 FORMAT = "fcmae-classifier-1"
-MOST_CLASSES = 200  # that a confusion matrix is drawn for
+MOST_DRAWN = 1000  # classes of a confusion matrix
 
 
 def write_json(path: Path, found: dict) -> None:
@@ -59,15 +59,15 @@ def write_classifier(
     write_json(path.with_suffix(".json"), about)
 
 
-def write_tables(folder: Path, table: Tensor, classes: list[str], found: dict) -> None:
+def write_tables(folder: Path, tally: Tally, classes: list[str], found: dict) -> None:
     """per_class.json and confusion.png of the validation with the results `found`."""
     rows = {
-        name: {"images": int(row.sum()), "accuracy": share}
-        for name, row, share in zip(classes, table, per_class(table), strict=True)
+        name: {"images": total, "accuracy": share}
+        for name, total, share in zip(classes, tally.totals.tolist(), tally.per_class(), strict=True)
     }
     write_json(folder / "per_class.json", {"of": found, "classes": rows})
-    if len(classes) <= MOST_CLASSES:
-        draw_confusion(folder / "confusion.png", table, classes, f"top-1 {100 * found['top1']:.2f} %")
+    if tally.table is not None and len(classes) <= MOST_DRAWN:
+        draw_confusion(folder / "confusion.png", tally.table, classes, f"top-1 {100 * found['top1']:.2f} %")
 
 
 def draw_confusion(path: Path, table: Tensor, classes: list[str], title: str) -> None:
