@@ -70,7 +70,7 @@ def results(out: Path) -> dict:
 
 
 def assert_same_outcome(a: Path, b: Path) -> None:
-    """Two finished runs agree bit for bit: metrics, validations, exported weights, and what the last checkpoint holds."""
+    """Two finished runs agree bit for bit: metrics, validations, exported weights, the last checkpoint."""
     for name in ("metrics.jsonl", "validation.jsonl", LAST, "best.safetensors", "best.json", "per_class.json"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     one, two = final_state(a), final_state(b)

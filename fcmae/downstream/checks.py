@@ -23,8 +23,10 @@ def check(config: DownstreamConfig, training: bool = True) -> None:
         (config.out or not training, "out", "the run folder, e.g. out=runs/finetune"),
         (data.train or not training, "data.train", "class folders to train on, e.g. data.train=/data/imagenet/train"),
         (data.val, "data.val", "class folders to validate on, e.g. data.val=/data/imagenet/val"),
-        (config.init or model.name, "model.name", "set where init is not, e.g. model.name=convnextv2_atto"),
-        (config.init is None or config.resume is None, "init", "null where resume is set, which brings its weights"),
+        (
+            config.init or config.resume or model.name,
+            "model.name", "set where init is not, e.g. model.name=convnextv2_atto",
+        ),
         (config.seed >= 0, "seed", "0 or more"),
         (model.in_chans >= 1, "model.in_chans", "1 or more"),
         (model.classes is None or model.classes >= 2, "model.classes", "2 or more, or null"),

@@ -45,21 +45,20 @@ def find_start(config: DownstreamConfig) -> Start:
 
     Raises UsageError for a file without an encoder, or of another model than model.name says.
     """
-    if config.init is None:
+    if config.init is None and (config.resume is None or config.model.name is not None):
         return _random(config)
-    path = _file_of(Path(config.init))
+    source = config.init or config.resume  # whose weights a checkpoint brings itself; this tells the model
+    path = _file_of(Path(source))
     weights = read_weights(path)
     spec, name = weights.spec, config.model.name
     if name is not None:
         _known(name)
     if name not in (None, spec.name):
-        raise UsageError(
-            f"init={config.init} holds {spec}; model.name={name} is another model: leave out one of the two"
-        )
+        raise UsageError(f"init={source} holds {spec}; model.name={name} is another model: leave out one of the two")
     if spec.in_chans != config.model.in_chans:
         raise UsageError(
-            f"init={config.init} is for {spec.in_chans} channels and model.in_chans={config.model.in_chans}; "
-            f"python -m fcmae.convert {config.init} DST --in-chans {config.model.in_chans} makes a stem for it"
+            f"init={source} is for {spec.in_chans} channels and model.in_chans={config.model.in_chans}; "
+            f"python -m fcmae.convert {source} DST --in-chans {config.model.in_chans} makes a stem for it"
         )
     kept = {key: x.float() for key, x in weights.ours.items() if spec.part(key) != "decoder"}
     return Start(dataclasses.replace(spec, decoder=None), kept, _about(path), f"encoder from {path}")
