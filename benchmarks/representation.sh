@@ -6,7 +6,7 @@
 #
 # Killed or stopped, the same command goes on: what is finished is skipped, what was begun is resumed. The table is
 # OUT/table.md. From the environment: SEEDS="0 1 2", EPOCHS (pretraining) 200, FINETUNE and PROBE epochs 30, SIZE 96,
-# MODELS="fcmae_atto mae_vit_tiny", BATCH 128 (pretraining; 64 are fine-tuned, 256 probed, or as many if fewer), PYTHON.
+# MODELS="fcmae_atto mae_vit_tiny", BATCH 128 (pretraining; 64, or as many if fewer, are probed and fine-tuned), PYTHON.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
@@ -42,7 +42,7 @@ measure() {  # measure FOLDER SEED DECAY key=value...: kNN, probe and fine-tunin
     shift 3
     run "$folder/knn" results.json fcmae.probe "$configs/probe/knn.yaml" --mode knn "seed=$seed" "$@" "${labelled[@]}"
     run "$folder/linear" results.json fcmae.probe "$configs/probe/small.yaml" --mode linear "seed=$seed" "$@" \
-        "${labelled[@]}" "train.epochs=$probed" "train.warmup_epochs=$(warm "$probed")" "train.batch_size=$(small "$batch" 256)"
+        "${labelled[@]}" "train.epochs=$probed" "train.warmup_epochs=$(warm "$probed")" "train.batch_size=$(small "$batch" 64)"
     run "$folder/finetune" results.json fcmae.finetune "$configs/finetune/small.yaml" "seed=$seed" "$@" \
         "${labelled[@]}" "train.epochs=$tuned" "train.warmup_epochs=$(warm "$tuned")" "train.batch_size=$(small "$batch" 64)" \
         "train.layer_decay=$decay"
