@@ -7,12 +7,10 @@ which learning rates -> run folder -> training loop with validations -> classifi
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Generator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fcmae.cli import run_command
 from fcmae.data import LabelledImages, SampleStream, make_loader
 from fcmae.downstream import checks, export, groups, table
-from fcmae.downstream.augment import objective, training_transform
+from fcmae.downstream.augment import objective, seed_step, training_transform
 from fcmae.downstream.batch_norm import average_statistics, normalize_features
 from fcmae.downstream.data import as_source, open_parts
 from fcmae.downstream.eval_only import evaluate
@@ -117,6 +115,8 @@ def steps_of(
     found, warnings = world.on_main(lambda: folder.find_checkpoint(config.resume))
     if found is not None:
         state.restore(checkpoint.read(found), str(found), config, len(dataset), BRANCH_KEYS, "data.train")
+        if not (folder.path / "best.safetensors").is_file():  # branched off: the best of this run is yet to come
+            state.notes.pop("best", None)
     first = state.progress.step
     if schedule.steps is not None and first > schedule.steps:
         raise UsageError(
@@ -162,8 +162,13 @@ def steps_of(
         images, labels = (loop.to_device(batch[name], world.device) for name in ("image", "label"))
         return criterion(forward, images, labels)
 
+    def same_statistics() -> None:
+        for each in (model, ema and ema.module):
+            if each is not None:
+                average_statistics(each, world)
+
     def validation() -> None:
-        average_statistics(model, world)
+        same_statistics()
         checked = {"model": validate(model, config, labelled, world, workers)}
         if ema is not None:
             checked["ema"] = validate(ema.module, config, labelled, world, workers)
@@ -193,7 +198,7 @@ def steps_of(
         checkpoint.save(folder.checkpoints, payload, config.checkpoint.keep_last, keep and keep * every)
 
     def save() -> None:
-        average_statistics(model, world)
+        same_statistics()
         world.on_main(write_checkpoint)
 
     hooks = loop.Hooks(
@@ -251,14 +256,6 @@ def averaged(model: nn.Module, decay: float):
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(model, decay=decay)
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Drop path, dropout and mixing follow from (seed, step, rank), so that a resumed run repeats them."""
-    number = int(np.random.SeedSequence([seed, 1, step, rank]).generate_state(1, np.uint64)[0])
-    torch.manual_seed(number)
-    np.random.seed(number % 2**32)
-    random.seed(number)
 
 
 def finish(

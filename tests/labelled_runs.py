@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from shapes import make_shapes
 
 from fcmae.models import create_model
+from shapes import make_shapes
 from small_runs import assert_same, environment, final_state
 
 CONFIG = """

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shapes import CLASSES, make_shapes
 
 from fcmae.data import LabelledImages, SampleStream, make_loader
 from fcmae.downstream.augment import training_transform
@@ -15,6 +14,7 @@ from fcmae.downstream.evaluation import Tally
 from fcmae.downstream.labelled import CentreCrops
 from fcmae.downstream.settings import FinetuneConfig
 from fcmae.errors import UsageError
+from shapes import CLASSES, make_shapes
 
 
 @pytest.fixture(scope="module")

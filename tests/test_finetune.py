@@ -5,6 +5,11 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
+
+from fcmae.downstream.data import open_parts
+from fcmae.downstream.labelled import CentreCrops
+from fcmae.finetune import main
 from labelled_runs import (
     PLAIN,
     arguments,
@@ -15,11 +20,6 @@ from labelled_runs import (
     start,
     validations,
 )
-from safetensors.torch import load_file
-
-from fcmae.downstream.data import open_parts
-from fcmae.downstream.labelled import CentreCrops
-from fcmae.finetune import main
 from small_runs import final_state, metrics
 
 
@@ -76,8 +76,12 @@ def test_the_average_is_the_average(place, tmp_path):
             torch.testing.assert_close(after["ema"][name], wanted)
 
 
-@pytest.mark.parametrize("name,pool", [("convnextv2_atto", "avg"), ("vit_tiny_patch16_224", "avg"),
-                                       ("vit_tiny_patch16_224", "token")])  # fmt: skip
+VIT = "vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    "name,pool", [("convnextv2_atto", "avg"), (VIT, "avg"), pytest.param(VIT, "token", marks=pytest.mark.slow)]
+)
 def test_timm_gives_the_same_accuracy(place, tmp_path, name, pool):
     out = tmp_path / "run"
     more = ("train.steps=8", "train.warmup_epochs=0", f"model.name={name}", f"model.pool={pool}", "eval.every=100")
@@ -114,6 +118,7 @@ def single(place):
     return place / "single"
 
 
+@pytest.mark.slow
 def test_two_ranks_follow_one_process(place, single, tmp_path):
     process = start("fcmae.finetune", arguments(place, tmp_path / "two", *PLAIN, "train.batch_size=4"), processes=2)
     said, errors = process.communicate(timeout=200)
@@ -131,7 +136,8 @@ def test_accumulation_follows_the_whole_batch(place, single, tmp_path):
     assert_close_weights(tmp_path / "a", single, 1e-5)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.slow
 def test_low_precision_follows_fp32(place, single, tmp_path, precision):
     assert main(arguments(place, tmp_path / "low", *PLAIN, f"train.precision={precision}")) == 0
     for ours, theirs in zip(metrics(tmp_path / "low"), metrics(single), strict=True):

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from labelled_runs import arguments, make_place, results
 from safetensors.torch import save_file
 
 from fcmae.finetune import main
 from fcmae.probe import main as probe
+from labelled_runs import arguments, make_place, results
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_classifier_stays_or_starts_anew(place, tmp_path, capsys):
     assert results(tmp_path / "fresh")["last"]["loss"] == pytest.approx(1.0986, abs=0.02)  # a head of std 2e-5: ln 3
 
 
-@pytest.mark.parametrize("size", ["48", "[32,64]"])
+@pytest.mark.parametrize("size", [pytest.param("48", marks=pytest.mark.slow), "[32,64]"])
 def test_a_vit_at_another_size(place, tmp_path, size):
     more = ("train.steps=2", "train.warmup_epochs=0", f"model.image_size={size}")
     assert main(arguments(place, tmp_path / "run", *more, init="vit.pt")) == 0

@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from labelled_runs import arguments, assert_same_outcome, make_place, results, start
 
 from fcmae.finetune import main
+from labelled_runs import arguments, assert_same_outcome, make_place, results, start
 from small_runs import final_state
 
 SETTINGS = ("checkpoint.every=3", "data.workers=1")
@@ -40,6 +40,7 @@ def kill_at(given: list[str], metrics, step: int, pause: float) -> None:
     assert process.returncode == -signal.SIGKILL, errors[-2000:]
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(whole, tmp_path):
     place, done = whole
     rng = random.Random(0)
@@ -100,6 +101,7 @@ def test_a_complete_run_is_left_alone(whole, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_branching_off_goes_on_with_optimizer_and_average(whole, tmp_path):
     """resume=FILE out=NEW: the first step after it is that of the run it came from."""
     place, done = whole
@@ -113,6 +115,7 @@ def test_branching_off_goes_on_with_optimizer_and_average(whole, tmp_path):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_lars_resumes_too(whole, tmp_path):
     place, _ = whole
     more = ("train.optimizer=lars", "train.steps=6", "checkpoint.every=3")

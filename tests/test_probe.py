@@ -6,7 +6,6 @@ import math
 import pytest
 import timm
 import torch
-from labelled_runs import LAST, PLAIN, arguments, make_place, results, start
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -17,6 +16,7 @@ from fcmae.downstream.labelled import CentreCrops
 from fcmae.layouts.spec import ConvNextSpec, VitSpec
 from fcmae.models import create_model
 from fcmae.probe import main
+from labelled_runs import LAST, PLAIN, arguments, make_place, results, start
 from small_runs import final_state
 
 LINEAR = (
@@ -159,7 +159,9 @@ def vote(train, labels, val, k: int) -> list[int]:
     return said
 
 
-@pytest.mark.parametrize("init,pool", [("tiny.pt", "avg"), ("vit.pt", "avg"), ("vit.pt", "token")])
+@pytest.mark.parametrize(
+    "init,pool", [("tiny.pt", "avg"), pytest.param("vit.pt", "avg", marks=pytest.mark.slow), ("vit.pt", "token")]
+)
 def test_knn_against_a_direct_loop(place, tmp_path, init, pool):
     """Features by this toolkit's own encoder, one image at a time."""
     given = arguments(place, tmp_path / "knn", *KNN, f"model.pool={pool}", "--mode", "knn", init=init)
@@ -230,6 +232,7 @@ def test_two_processes_find_the_same_features(place, tmp_path):
         torch.testing.assert_close(ours["features"], theirs["features"])
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_baseline(place, tmp_path):
     given = ("model.name=vit_tiny_patch16_224", *KNN, "--mode", "knn")
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -237,3 +240,15 @@ def test_random_weights_are_the_baseline(place, tmp_path):
     a, b, c = ([load_file(p)["features"] for p in sorted((tmp_path / n / "features").iterdir())] for n in "abc")
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and results(tmp_path / "a")["init"] is None
     assert not any(any(torch.equal(x, y) for y in c) for x in a)
+
+
+@pytest.mark.slow
+def test_linear_probing_on_two_processes(place, linear, tmp_path):
+    """Batch statistics are each process's own, and the running ones their mean: validation sees one model."""
+    more = (*LINEAR, "train.batch_size=4", "--mode", "linear")
+    process = start("fcmae.probe", arguments(place, tmp_path / "two", *more), processes=2)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-2000:]
+    ours, theirs = (final_state(out)["model"]["head.fc.0.running_mean"] for out in (tmp_path / "two", linear))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # the mean of halves is the mean
+    assert changed(place, tmp_path / "two") == set()

@@ -1,10 +1,12 @@
-"""What training does to labelled images: single ones in the loader, and whole batches on the device."""
+"""What training does to labelled images, at random: single ones in the loader, whole batches on the device."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,3 +88,11 @@ def objective(config: DownstreamConfig, classes: int) -> Callable[[Callable[[Ten
         return soft(forward(images).float(), targets)
 
     return mixed
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Drop path, dropout and mixing follow from (seed, step, rank), so that a resumed run repeats them."""
+    number = int(np.random.SeedSequence([seed, 1, step, rank]).generate_state(1, np.uint64)[0])
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
