@@ -110,6 +110,7 @@ def test_branching_off_goes_on_with_optimizer_and_average(whole, tmp_path):
     branch = out / "checkpoints" / "step_000000009.pt"
     more = (f"resume={branch}", "train.steps=12", "checkpoint.every=9")
     assert main(arguments(place, tmp_path / "n", *more, init=None)) == 0
+    assert (tmp_path / "n" / "best.safetensors").is_file() and results(tmp_path / "n")["best"]["step"] == 12
     for name in ("model", "ema"):
         a, b = final_state(out)[name], final_state(tmp_path / "n")[name]
         assert all(torch.equal(a[k], b[k]) for k in a)
