@@ -4,6 +4,8 @@ import sys
 
 COMMANDS = {
     "fcmae.pretrain": "pretrain a masked autoencoder: CONFIG.yaml [key=value ...]",
+    "fcmae.finetune": "a classifier from pretrained weights: CONFIG.yaml [key=value ...] [--eval]; --table RUN ...",
+    "fcmae.probe": "how good frozen features are: CONFIG.yaml --mode linear, partial or knn [key=value ...]",
     "fcmae.compare": "pretrain models on the same images, crops and masks, and report: CONFIG.yaml [key=value ...]",
     "fcmae.convert": "weights from one layout to another: SRC DST --to timm, hf, onnx, official, ...",
 }

@@ -18,10 +18,10 @@ from fcmae import config as settings
 from fcmae.cli import run_command
 from fcmae.comparison import report
 from fcmae.comparison.evaluate import SHEET, evaluate, up_to_date
-from fcmae.comparison.labelled import Labelled, open_labelled
 from fcmae.comparison.settings import FREE_KEYS, CompareConfig, arms_of, check_alike
 from fcmae.config import Config
 from fcmae.data import MaskedImages
+from fcmae.downstream.labelled import Labelled, open_labelled
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
 from fcmae.pretrain import build_dataset, build_model, compiled, steps_of

@@ -49,7 +49,7 @@ def reconstruction_sheet(
 
     mean, std: the per-channel normalization to undo. One channel is shown grey, more than three by the first three.
     """
-    figure, axes = _figure(nrows=len(next(iter(columns.values()))), ncols=len(columns), cell=2.2)
+    figure, axes = empty_figure(nrows=len(next(iter(columns.values()))), ncols=len(columns), cell=2.2)
     for j, (name, batch) in enumerate(columns.items()):
         for i, image in enumerate(batch.cpu()):
             pixels = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
@@ -68,7 +68,7 @@ def loss_curve(metrics: Path, path: Path, title: str) -> None:
     steps = np.array([r["step"] for r in rows])
     loss = np.array([np.nan if r["loss"] is None else r["loss"] for r in rows])
     window = max(1, len(rows) // 50)
-    figure, axes = _figure(nrows=1, ncols=1, cell=5.5)
+    figure, axes = empty_figure(nrows=1, ncols=1, cell=5.5)
     ax, rate = axes[0, 0], axes[0, 0].twinx()
     ax.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="loss")
     if window > 1:
@@ -83,7 +83,8 @@ def loss_curve(metrics: Path, path: Path, title: str) -> None:
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
-def _figure(nrows: int, ncols: int, cell: float):
+def empty_figure(nrows: int, ncols: int, cell: float):
+    """A matplotlib figure and its axes (nrows, ncols), each `cell` inches wide."""
     # Figure itself rather than pyplot: no global state, no display.
     from matplotlib.figure import Figure
 

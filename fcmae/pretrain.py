@@ -144,7 +144,13 @@ def steps_of(
         if world.is_main and config.log.images:
             draw_reconstructions(config, state, dataset, folder, log, world.device)
 
-    hooks = loop.Hooks(lambda: world.on_main(write_checkpoint), picture, dataset.source.name)
+    def loss(batch: dict) -> torch.Tensor:
+        images = loop.to_device(batch["image"], world.device)
+        tiles = loop.tiles_of(batch["mask"]).to(world.device, non_blocking=world.device.type == "cuda")
+        return forward(images, tiles)[0]
+
+    save = lambda: world.on_main(write_checkpoint)  # noqa: E731
+    hooks = loop.Hooks(loss, save, picture, config.log.images_every, dataset.source.name)
     try:
         yield state.progress
         ended_by = yield from loop.train(

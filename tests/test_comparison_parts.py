@@ -9,12 +9,11 @@ import torch
 
 from fcmae import config as settings
 from fcmae.compare import main
-from fcmae.comparison import measure, representation
-from fcmae.comparison.labelled import CentreCrops, open_labelled
+from fcmae.comparison import channels, measure
 from fcmae.comparison.memory import peak_memory
 from fcmae.comparison.settings import CompareConfig, arms_of
-from fcmae.errors import UsageError
-from fcmae.pretrain import build_model
+from fcmae.downstream import representation
+from fcmae.downstream.labelled import CentreCrops, open_labelled
 from fcmae.train.schedule import make_schedule
 from small_comparison import arguments, configured, make_place
 
@@ -112,7 +111,7 @@ def test_accuracy_and_its_error():
 def test_cosine_distance_against_a_double_loop():
     x = torch.randn(3, 10, 6, dtype=torch.float64)
     x[1, :, 2] = 0
-    for image, found in zip(x, representation.cosine_distance(x), strict=True):
+    for image, found in zip(x, channels.cosine_distance(x), strict=True):
         total = 0.0
         for i in range(6):
             for j in range(6):
@@ -221,13 +220,6 @@ def test_what_would_stop_the_second_arm_is_found_before_the_first(place, tmp_pat
     assert main(arguments(place, tmp_path / "out")) == 2
     assert "arm vit: none of the 1 checkpoints" in capsys.readouterr().err
     assert not (tmp_path / "out" / "arms" / "convnext").exists()
-
-
-def test_labelled_images_of_which_none_can_be_read(place):
-    model = build_model(arms_of(configured(place))["convnext"]).eval()
-    nothing = [(torch.zeros(2, 3, 64, 96), torch.tensor([-1, -1]))]
-    with pytest.raises(UsageError, match="none of the 2 labelled images"):
-        representation.features({"convnext": model}, nothing, torch.device("cpu"))
 
 
 def test_memory_that_cannot_be_measured_is_no_end(place, tmp_path):

@@ -14,13 +14,15 @@ from tqdm import tqdm
 
 from fcmae import config as settings
 from fcmae import pictures
-from fcmae.comparison import measure, representation
-from fcmae.comparison.labelled import CentreCrops, Labelled
+from fcmae.comparison import measure
+from fcmae.comparison.channels import cosine_distances, dense
 from fcmae.comparison.memory import peak_memory
 from fcmae.comparison.settings import CompareConfig
 from fcmae.config import Config
 from fcmae.data import MaskedImages
 from fcmae.data.transforms import stats
+from fcmae.downstream import representation
+from fcmae.downstream.labelled import CentreCrops, Labelled
 from fcmae.errors import UsageError
 from fcmae.masking import grid_size, keep_count
 from fcmae.models.autoencoder import MaskedAutoencoder
@@ -178,7 +180,7 @@ def _representations(
     """Of each arm, trained and at its random initialisation: kNN, probe, and the cosine distance after each block."""
     e = config.evaluate
     each = {
-        (name, state): representation.dense(model)
+        (name, state): dense(model)
         for name, pair in models.items()
         for state, model in zip(("trained", "random"), pair, strict=True)
     }
@@ -187,21 +189,26 @@ def _representations(
     found: dict = {name: {} for name in models}
     print("encoding whole images", flush=True)
     for (name, state), model in each.items():
-        layers = representation.cosine_distances(model, images, e.batch_size)
+        layers = cosine_distances(model, images, e.batch_size)
         mean = statistics.fmean(layer["distance"] for layer in layers)
         found[name][state] = {"cosine_distance": {"mean": mean, "images": len(chosen), "layers": layers}}
     if labelled is None:
         return found
 
-    parts = {}
+    parts: dict = {}
+    encoders = {
+        key: lambda images, model=model: representation.pooled(model.encode(images)) for key, model in each.items()
+    }
     for part, files in (("train", labelled.train), ("val", labelled.val)):
         crops = CentreCrops(
             files, next(iter(each.values())).image_size, config.model.in_chans, config.data.mean, config.data.std
         )
         batches = representation.loader(crops, e.batch_size, worker_count(config.data.workers))
         bar = tqdm(batches, desc=f"features of labelled images, {part}", disable=None)
-        parts[part] = representation.features(each, bar, device)
+        parts[part] = representation.features(encoders, bar, device)
     (train, train_labels, bad), (val, val_labels, worse) = parts["train"], parts["val"]
+    if not len(train_labels) or not len(val_labels):
+        raise UsageError(f"no image of a part of data.labelled={config.data.labelled} could be read")
     found["unreadable"] = bad + worse
     for name, state in each:
         x, y, classes = train[name, state], val[name, state], len(labelled.classes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from fcmae.data.dataset import MaskedImages
+from fcmae.data.dataset import KeyedImages
 from fcmae.errors import UsageError
 
 
@@ -72,13 +72,14 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
 
 
 def make_loader(
-    dataset: MaskedImages,
+    dataset: KeyedImages,
     stream: SampleStream,
     workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches {"image": float32 (B, C, H, W), "mask": bool (B, gh, gw), "index": (B,), "bad": list[str]}.
+    """Batches of the dataset's items, e.g. {"image": float32 (B, C, H, W), "mask": bool (B, gh, gw), "index": (B,),
+    "bad": list[str]}.
 
     The batches do not depend on `workers`; 0 loads in the calling process. Each worker keeps
     `prefetch_factor` batches ready. Iterate once, for the whole run: a second iterator starts the stream
@@ -99,8 +100,8 @@ def make_loader(
 
 
 def collate(items: list[dict]) -> dict[str, Tensor | list[str]]:
-    """Stack the items of `MaskedImages` into one batch; "bad" becomes one flat list."""
-    batch = {name: default_collate([item[name] for item in items]) for name in ("image", "mask", "index")}
+    """Stack the items of `KeyedImages` into one batch; "bad" becomes one flat list."""
+    batch = {name: default_collate([item[name] for item in items]) for name in items[0] if name != "bad"}
     batch["bad"] = [line for item in items for line in item["bad"]]
     return batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fcmae.errors import UsageError, nearest
 
 CROPS = ("random", "fixed", "center")
-SURROUND = 256 / 224  # what the shorter side is resized to, of a fixed or centre crop
+CROP = 224 / 256  # side of a fixed or centre crop as a share of the scaled image's shorter side
 JITTERED = (1, 3)  # channels that colour jitter is for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -79,16 +80,16 @@ def make_transform(
 
 
 class Surrounding:
-    """Resizes an image, aspect kept and bicubic, so that a crop of (H, W) pixels is 224/256 of its shorter side."""
+    """Resizes an image, aspect kept, so that a crop of (H, W) pixels is the share `part` of its shorter side."""
 
-    def __init__(self, crop: tuple[int, int]):
-        self.crop = crop
+    def __init__(self, crop: tuple[int, int], part: float = CROP, interpolation: str = "bicubic"):
+        self.crop, self.part, self.interpolation = crop, part, interpolation
 
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional as F
 
         sides = image.shape[-2:]
-        scale = SURROUND * max(c / s for c, s in zip(self.crop, sides, strict=True))
-        size = [max(c, round(s * scale)) for c, s in zip(self.crop, sides, strict=True)]
-        return F.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
+        scale = max(c / s for c, s in zip(self.crop, sides, strict=True)) / self.part
+        size = [max(c, math.floor(s * scale)) for c, s in zip(self.crop, sides, strict=True)]
+        return F.resize(image, size, InterpolationMode(self.interpolation), antialias=True)

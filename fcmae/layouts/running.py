@@ -41,9 +41,9 @@ def moved_by_timm(ours: dict[str, Tensor], spec: VitSpec, size: tuple[int, int])
     return torch.no_grad()(partial(_timm_outputs, model, spec))
 
 
-def timm_model(spec: Spec, state: dict[str, Tensor]) -> nn.Module:
-    """timm's model that holds a state dict in its layout: the named one, where there is a name."""
-    common = {"in_chans": spec.in_chans, "num_classes": spec.classes or 0}
+def timm_model(spec: Spec, state: dict[str, Tensor], **more) -> nn.Module:
+    """timm's model that holds a state dict in its layout: the named one, where there is a name; more: for its class."""
+    common = {"in_chans": spec.in_chans, "num_classes": spec.classes or 0, **more}
     if isinstance(spec, VitSpec):
         common |= {"img_size": spec.image_size, "num_heads": spec.running_heads}
         common["global_pool"] = "avg" if spec.fc_norm else "token"

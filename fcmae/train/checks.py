@@ -18,11 +18,12 @@ from fcmae.models.norms import NORMS
 from fcmae.models.support import MINKOWSKI
 from fcmae.train import family
 from fcmae.train.optim import PRECISIONS
+from fcmae.train.run_config import RunConfig
 
 
 def check(config: Config) -> None:
     """Raises UsageError, naming the setting and what it may be, for the first value out of range."""
-    train, data, log = config.train, config.data, config.log
+    data, log = config.data, config.log
     rules = [
         (config.out, "out", "the run folder, e.g. out=runs/atto"),
         (data.source, "data.source", "where images are, e.g. data.source=/data/imagenet/train or data.source=sample"),
@@ -38,6 +39,18 @@ def check(config: Config) -> None:
         (config.mask.strategy in STRATEGIES, "mask.strategy", f"one of {', '.join(STRATEGIES)}"),
         (config.loss.norm_window is None or config.loss.norm_window >= 1, "loss.norm_window", "1 or more, or null"),
         (config.loss.pca is None or config.loss.pca >= 1, "loss.pca", "1 or more, or null"),
+        *rules_of_training(config),
+        (log.images >= 0, "log.images", "0 or more"),
+        (log.images_every > 0, "log.images_every", "more than 0"),
+    ]  # fmt: skip
+    hold(config, rules)
+    family.check(config)
+
+
+def rules_of_training(config: RunConfig) -> list[tuple]:
+    """What holds of every training run, whatever it trains: (holds, setting, what it must be)."""
+    train, data, log = config.train, config.data, config.log
+    return [
         (train.precision in PRECISIONS, "train.precision", f"one of {', '.join(PRECISIONS)}"),
         (train.epochs > 0, "train.epochs", "more than 0"),
         (train.steps is None or train.steps >= 1, "train.steps", "1 or more, or null"),
@@ -76,10 +89,12 @@ def check(config: Config) -> None:
         ),
         (log.every >= 1, "log.every", "1 or more"),
         (log.print_every >= 1, "log.print_every", "1 or more"),
-        (log.images >= 0, "log.images", "0 or more"),
-        (log.images_every > 0, "log.images_every", "more than 0"),
     ]  # fmt: skip
-    for key in settings.describe(Config):
+
+
+def hold(config: RunConfig, rules: list[tuple]) -> None:
+    """Raises UsageError for the first number that is not finite, or the first rule that does not hold."""
+    for key in settings.describe(type(config)):
         values = _value(config, key)
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, float) and not math.isfinite(value):
@@ -88,7 +103,6 @@ def check(config: Config) -> None:
         if not holds:
             value = _value(config, key)
             raise UsageError(f"{key}={'null' if value is None else value} will not do: it must be {wanted}")
-    family.check(config)
 
 
 def check_backend(config: Config, device: torch.device) -> None:
@@ -102,5 +116,5 @@ def check_backend(config: Config, device: torch.device) -> None:
         raise UsageError("train.compile=true: MinkowskiEngine cannot be compiled; turn it off or use another backend")
 
 
-def _value(config: Config, key: str) -> Any:
+def _value(config: RunConfig, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)

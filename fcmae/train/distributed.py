@@ -43,6 +43,20 @@ class World:
             values /= self.size
         return values
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gathered(self, values: list) -> list:
+        """The lists of all ranks, one after another, on every rank. Plain data, or tensors on the CPU."""
+        if self.size == 1:
+            return values
+        parts: list = [None] * self.size
+        dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
+
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on every rank. A UsageError there is raised on all, so that none waits."""
         outcome: list = [None, None]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from fcmae import config as settings
 from fcmae.config import Config, ModelConfig
 from fcmae.errors import UsageError
 from fcmae.models import find_model, settings_of
+from fcmae.train.run_config import RunConfig
 
 # Settings that are arguments of a model's class; the image size, which may be one number or two, is not among them.
 ARGUMENTS = {
@@ -54,16 +56,18 @@ def fill(config: Config) -> None:
             setattr(getattr(config, group), name, has[argument])
 
 
-def held(values: dict, where: str) -> dict:
-    """The settings that a run wrote down, those that it did not know yet being what they were then: their defaults."""
-    config = settings.override(Config(), values, where)
-    fill(config)
-    return settings.to_dict(config)
+def held(config: RunConfig, values: dict, where: str) -> dict:
+    """The settings that an earlier run like `config` wrote down; those that it did not know yet are what they were
+    then, their defaults. Raises UsageError when they are of another command."""
+    found = settings.override(type(config)(), values, where)
+    if isinstance(found, Config):
+        fill(found)
+    return settings.to_dict(found)
 
 
-def free(config: Config, keys: tuple[str, ...]) -> list[str]:
+def free(config: RunConfig, keys: Sequence[str]) -> list[str]:
     """Those of `keys` that a run may change as it goes on: not the batch where its images are normalized together."""
-    together = config.model.norm == "bn" or config.sparse.grn == "batch"
+    together = isinstance(config, Config) and (config.model.norm == "bn" or config.sparse.grn == "batch")
     return [key for key in keys if not (together and key in ("train.batch_size", "train.accum_steps"))]
 
 

@@ -91,6 +91,12 @@ class Log:
             self._scalars(row, total)
         self._progress(row, total, last)
 
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Points for TensorBoard."""
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a written PNG in TensorBoard."""
         if self.tensorboard:
@@ -139,8 +145,7 @@ class Log:
             values["images_per_second"] = (step - then_step) * self.schedule.effective_batch / (total - then)
             values["data_wait_share"] = self._waited / (total - then)
             values["peak_memory_gib"] = peak_memory() / 2**30
-            for name, value in values.items():
-                self.tensorboard.add_scalar(f"train/{name}", value, step)
+            self.scalars({f"train/{name}": value for name, value in values.items()}, step)
         self._waited = 0.0
 
     def _progress(self, row: dict, total: float, last: bool) -> None:

@@ -12,23 +12,33 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fcmae.config import Config
 from fcmae.errors import UsageError
 from fcmae.kernels.tiles import Tiles
 from fcmae.train import optim
 from fcmae.train.distributed import World
 from fcmae.train.log import Log
+from fcmae.train.run_config import RunConfig
 from fcmae.train.schedule import Schedule
 from fcmae.train.state import Progress, TrainState
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop asks of its run, on every rank: write a checkpoint, draw a picture, name an image by index."""
+    """What the loop asks of its run, on every rank.
 
+    loss: of a batch of the loader, a scalar to take the gradient of; runs under autocast. save: write a checkpoint.
+    pause: draw a picture, validate; `every` so many epochs and at the end, before the checkpoint. name_of: an image by
+    index. begin: called with the number of a step, counted from 0, before its batches. stepped: the optimizer changed
+    the weights.
+    """
+
+    loss: Callable[[dict], torch.Tensor]
     save: Callable[[], None]
-    picture: Callable[[], None]
+    pause: Callable[[], None]
+    every: float
     name_of: Callable[[int], str]
+    begin: Callable[[int], None] = lambda step: None
+    stepped: Callable[[], None] = lambda: None
 
 
 # Of people and systems, and of SLURM ahead of a time limit or a preemption.
@@ -61,7 +71,7 @@ def train(
     forward: nn.Module,
     loader: Iterable[dict],
     schedule: Schedule,
-    config: Config,
+    config: RunConfig,
     world: World,
     log: Log,
     hooks: Hooks,
@@ -71,13 +81,12 @@ def train(
     """Train from `state.progress` to the end of `schedule`, one step for each value asked for, which is the progress.
 
     Returns 0, or the number of the signal that ended it early. What happens between two steps is not in its seconds.
-    forward: the state's model, compiled or wrapped for several ranks. loader: dicts with "image" (B, C, H, W) float32,
-    "mask" (B, gh, gw) bool, "index" (B,) int64 and "bad", names of unreadable images that were replaced. in_turn: it is
-    one of several runs whose steps are timed, and which may use the device in between.
+    forward: the state's model, compiled or wrapped for several ranks, as `hooks.loss` runs it. loader: what that takes,
+    dicts with "index" (B,) int64 and "bad", names of unreadable images that were replaced, among other things. in_turn:
+    it is one of several runs whose steps are timed, and which may use the device in between.
     Raises UsageError when steps stay non-finite or too many images are unreadable; the last checkpoint then stands.
     """
     optimizer, scaler, progress = state.optimizer, state.scaler, state.progress
-    overlap = world.device.type == "cuda"  # elsewhere torch may read a source that is already freed
     without_sync = getattr(forward, "no_sync", contextlib.nullcontext)
     state.model.train()
     batches = iter(loader)
@@ -85,6 +94,7 @@ def train(
     while not schedule.is_over(progress.step, progress.seconds):
         lr = schedule.lr_at(progress.step, progress.seconds)
         optim.set_lr(optimizer, lr)
+        hooks.begin(progress.step)
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=world.device)
         waited, bad, indices = 0.0, [], []
@@ -94,11 +104,9 @@ def train(
             waited += time.perf_counter() - asked
             bad += batch["bad"]
             indices += batch["index"].tolist()
-            images = batch["image"].to(world.device, non_blocking=overlap)
-            tiles = tiles_of(batch["mask"]).to(world.device, non_blocking=overlap)
             with without_sync() if i < schedule.accum_steps - 1 else contextlib.nullcontext():
                 with optim.autocast(world.device, config.train.precision):
-                    part = forward(images, tiles)[0] / schedule.accum_steps
+                    part = hooks.loss(batch) / schedule.accum_steps
                 scaler.scale(part).backward()
             loss += part.detach()
         scaler.unscale_(optimizer)
@@ -112,6 +120,7 @@ def train(
         if finite:
             optim.clip(state.model, config.train.clip_grad, grad_norm)
             scaler.step(optimizer)
+            hooks.stepped()
         scaler.update()
         progress.step += 1
         progress.seconds += seconds
@@ -136,11 +145,11 @@ def train(
             overflow = scaler.is_enabled() and row["loss"] is not None
             note_skipped(state, overflow, indices, config.train.max_nonfinite, log, hooks)
         check_bad_share(progress.bad_images, row["images"], config.data.max_bad_share)
-        if in_turn and overlap:
+        if in_turn and world.device.type == "cuda":
             torch.cuda.synchronize(world.device)  # the optimizer's work is this run's time
         done, paused = schedule.is_over(progress.step, progress.seconds), time.perf_counter()
-        if done or crossed(schedule, progress.step, config.log.images_every):
-            hooks.picture()  # before the checkpoint: a run killed in between draws it again
+        if done or crossed(schedule, progress.step, hooks.every):
+            hooks.pause()  # before the checkpoint: a run killed in between draws it again
         if done or stopping or progress.step % config.checkpoint.every == 0:
             hooks.save()
         if stopping and not done:
@@ -148,6 +157,11 @@ def train(
         yield progress
         mark += time.perf_counter() - paused
     return 0
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A loader's tensor on the device, on CUDA without waiting; elsewhere torch may read a source already freed."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def tiles_of(mask: torch.Tensor) -> Tiles:

@@ -20,6 +20,11 @@ def make_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) -
     groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=rows)
     for group in groups:
         group["params"] = [(names[parameter], parameter) for parameter in group["params"]]
+    return adamw(groups, train, device)
+
+
+def adamw(groups: list[dict], train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over groups of named parameters, each with its own weight decay."""
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(train.betas), fused=device.type in ("cpu", "cuda"))
 
 
@@ -35,9 +40,9 @@ def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the learning rate `lr`."""
+    """Give every parameter group the learning rate `lr`, times its own "lr_scale" where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def grad_norm(model: nn.Module) -> torch.Tensor:

@@ -17,16 +17,20 @@ from fcmae.errors import UsageError
 from fcmae.layouts import timm
 from fcmae.train import checkpoint, family
 from fcmae.train.lock import locked
+from fcmae.train.run_config import RunConfig
 from fcmae.weights import write_safetensors
 
 _ARTIFACTS = ("metrics.jsonl", "times.jsonl", "tensorboard", "checkpoints", "reconstructions", "encoder.safetensors")
+_LABELLED = ("validation.jsonl", "last.safetensors", "results.json", "classes.txt", "features")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of one run and what may happen to them."""
+    """The paths of one run and what may happen to them. free: settings with which it may go on; parts: its folders."""
 
     path: Path
+    free: tuple[str, ...] = settings.FREE_KEYS
+    parts: tuple[str, ...] = ("checkpoints", "reconstructions")
 
     @property
     def config(self) -> Path:
@@ -49,6 +53,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def validation(self) -> Path:
+        """One JSON object per validation."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """The outcome of a run on labelled images, written last."""
+        return self.path / "results.json"
+
+    @property
     def pictures(self) -> Path:
         """Folder of the reconstructions."""
         return self.path / "reconstructions"
@@ -58,11 +72,11 @@ class RunFolder:
         """The encoder in timm's layout, written at the end."""
         return self.path / "encoder.safetensors"
 
-    def check(self, config: settings.Config) -> None:
+    def check(self, config: RunConfig) -> None:
         """Raises UsageError when the folder holds another run, or files that belong to none."""
         if self.config.is_file():
-            held = family.held(settings.read_yaml(self.config), str(self.config))
-            changed = settings.differences(held, settings.to_dict(config), family.free(config, settings.FREE_KEYS))
+            held = family.held(config, settings.read_yaml(self.config), str(self.config))
+            changed = settings.differences(held, settings.to_dict(config), family.free(config, self.free))
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 raise UsageError(
@@ -70,11 +84,11 @@ class RunFolder:
                     f"choose another folder with out=..., or remove it"
                 )
         else:
-            foreign = [name for name in _ARTIFACTS if (self.path / name).exists()]
+            foreign = [name for name in (*_ARTIFACTS, *_LABELLED) if (self.path / name).exists()]
             if foreign:
                 raise UsageError(f"{self.path} has {foreign[0]} but no config.yaml; choose another folder with out=...")
 
-    def claim(self, config: settings.Config) -> IO:
+    def claim(self, config: RunConfig) -> IO:
         """Make the folder this run's, and hold it for this process until the returned file is closed.
 
         Raises UsageError when it cannot be written, or when another process holds it.
@@ -85,8 +99,8 @@ class RunFolder:
             # Before anything else: what lies here without it would look like another's.
             if not self.config.is_file():
                 settings.write_yaml(config, self.config)
-            for folder in (self.checkpoints, self.pictures):
-                folder.mkdir(exist_ok=True)
+            for part in self.parts:
+                (self.path / part).mkdir(exist_ok=True)
             return lock
         except OSError as error:
             raise UsageError(f"cannot write into out={self.path}: {error.strerror}; choose another folder") from None

@@ -11,6 +11,7 @@ from fcmae import config as settings
 from fcmae.errors import UsageError
 from fcmae.layouts import LAYOUTS, training
 from fcmae.train import family
+from fcmae.train.run_config import RunConfig
 
 
 @dataclass
@@ -26,14 +27,19 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """Everything that training changes."""
+    """Everything that training changes.
+
+    ema: the model's moving average. notes: plain data of the run, such as its best score.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress = field(default_factory=Progress)
+    ema: nn.Module | None = None
+    notes: dict = field(default_factory=dict)
 
-    def payload(self, config: settings.Config, dataset_size: int) -> dict:
+    def payload(self, config: RunConfig, dataset_size: int) -> dict:
         """A checkpoint's content: tensors and plain data only, so that reading it never runs code."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return {
@@ -43,16 +49,27 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            **({} if self.ema is None else {"ema": dict(self.ema.state_dict())}),
+            **({"notes": self.notes} if self.notes else {}),
             **asdict(self.progress),
         }
 
-    def restore(self, payload: dict, where: str, config: settings.Config, dataset_size: int) -> None:
+    def restore(
+        self,
+        payload: dict,
+        where: str,
+        config: RunConfig,
+        dataset_size: int,
+        free: tuple[str, ...] = settings.BRANCH_KEYS,
+        source: str = "data.source",
+    ) -> None:
         """Go on from a payload of any backend, weights and optimizer state translated into this model's layout.
 
-        Raises UsageError when it belongs to another model, other settings or other images.
+        free: settings that may differ. source: the setting that names the images. Raises UsageError when it belongs to
+        another model, other settings or other images.
         """
-        held = family.held(payload["config"], where)
-        changed = settings.differences(held, settings.to_dict(config), family.free(config, settings.BRANCH_KEYS))
+        held = family.held(config, payload["config"], where)
+        changed = settings.differences(held, settings.to_dict(config), family.free(config, free))
         if changed:
             what = "model" if changed[0].startswith("model.") else "run"
             raise UsageError(
@@ -60,15 +77,19 @@ class TrainState:
             )
         if payload["dataset_size"] != dataset_size:
             raise UsageError(
-                f"{where} was trained on {payload['dataset_size']} images and data.source now has {dataset_size}; "
+                f"{where} was trained on {payload['dataset_size']} images and {source} now has {dataset_size}; "
                 f"restore the data, or start a new run with another out=..."
             )
         minkowski = LAYOUTS["minkowski"]
         own = minkowski.recognises(self.model.state_dict())
-        payload = training.translate(payload, minkowski.from_fcmae if own else minkowski.to_fcmae)
+        if own != minkowski.recognises(payload["model"]):
+            payload = training.translate(payload, minkowski.from_fcmae if own else minkowski.to_fcmae)
         self.model.load_state_dict(payload["model"], strict=True)
         self.optimizer.load_state_dict(training.in_order_of(payload["optimizer"], self.optimizer.state_dict()))
         self.scaler.load_state_dict(payload["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(payload["ema"], strict=True)
+        self.notes = dict(payload.get("notes", {}))
         self.progress = Progress(**{key: payload.get(key, value) for key, value in asdict(Progress()).items()})
         torch.set_rng_state(payload["rng"]["torch"])
         if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Labelled images in class folders, and the split that is trained and validated on."""
+"""Labelled images in class folders or lists, and what is trained and validated on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.utils.data import Dataset
 
 from fcmae.data.decode import BrokenImage, extensions, read_image
 from fcmae.data.sources import walk
-from fcmae.data.transforms import make_transform
+from fcmae.data.transforms import CROP, Surrounding, stats
 from fcmae.errors import UsageError
+
+LABEL_COLUMNS = ("label", "class")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def open_labelled(root: str, in_chans: int, seed: int, val_share: float, most: i
     if not os.path.isdir(path):
         raise UsageError(f"data.labelled={root} is no folder; give one with a folder for each class")
     divided = all(os.path.isdir(os.path.join(path, part)) for part in ("train", "val"))
-    parts = [_by_class(os.path.join(path, part), in_chans) for part in (("train", "val") if divided else ("",))]
+    parts = [by_class(os.path.join(path, part), in_chans) for part in (("train", "val") if divided else ("",))]
     classes = sorted(parts[0])
     if len(classes) < 2:
         found = f"only the class {classes[0]}" if classes else "no folder with images in it"
@@ -74,7 +76,8 @@ def open_labelled(root: str, in_chans: int, seed: int, val_share: float, most: i
     return Labelled(train, val, classes, split)
 
 
-def _by_class(root: str, in_chans: int) -> dict[str, list[str]]:
+def by_class(root: str, in_chans: int) -> dict[str, list[str]]:
+    """The images of each class folder, in one fixed order; folders without any are left out."""
     found: dict[str, list[str]] = {}
     for path in walk(root, extensions(in_chans)):
         name, _, rest = path.partition(os.sep)
@@ -90,7 +93,7 @@ def _some(rng: np.random.Generator, part: list, most: int) -> list:
 class CentreCrops(Dataset):
     """Items (image (C, H, W) float32 normalized, label) of labelled files; an unreadable one has the label -1.
 
-    Images are scaled, aspect kept, until 224/256 of them is the model's size, and the centre is cut out.
+    See `crop` for how images are cut.
     """
 
     def __init__(
@@ -100,9 +103,13 @@ class CentreCrops(Dataset):
         in_chans: int,
         mean: list[float] | None,
         std: list[float] | None,
+        crop_pct: float = CROP,
+        squash: bool = False,
+        interpolation: str = "bicubic",
     ):
         self.files, self.image_size, self.in_chans = files, image_size, in_chans
-        self.crop = make_transform(image_size, in_chans, flip=0.0, mean=mean, std=std, crop="center")
+        self.crop_pct, self.squash, self.interpolation = crop_pct, squash, interpolation
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in stats(in_chans, mean, std))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -110,6 +117,20 @@ class CentreCrops(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         path, label = self.files[i]
         try:
-            return self.crop(read_image(path, self.in_chans)), label
+            image = read_image(path, self.in_chans)
         except BrokenImage:
             return torch.zeros(self.in_chans, *self.image_size), -1
+        return self.crop(image), label
+
+    def crop(self, image: Tensor) -> Tensor:
+        """Scaled, aspect kept, until the share `crop_pct` of it covers the model's size; the centre cut out;
+        normalized. squash: scaled to the model's size as it is, whatever its aspect."""
+        from torchvision.transforms import v2
+        from torchvision.transforms.v2 import functional as F
+
+        if self.squash:
+            image = F.resize(image, self.image_size, v2.InterpolationMode(self.interpolation), antialias=True)
+        else:
+            image = Surrounding(self.image_size, self.crop_pct, self.interpolation)(image)
+        image = F.to_dtype(F.center_crop(image, list(self.image_size)), torch.float32, scale=True)
+        return (image - self.mean) / self.std

@@ -1,0 +1,1 @@
+"""What pretrained weights are good for: labelled images, timm models that begin from them, their accuracy."""

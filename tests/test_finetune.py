@@ -1,0 +1,163 @@
+"""Fine-tuning: what it trains and leaves, that timm takes it, and that every way to the same batch gives the same."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from fcmae.downstream.data import open_parts
+from fcmae.downstream.labelled import CentreCrops
+from fcmae.finetune import main
+from labelled_runs import (
+    PLAIN,
+    arguments,
+    assert_close_weights,
+    assert_same_outcome,
+    make_place,
+    results,
+    start,
+    validations,
+)
+from small_runs import final_state, metrics
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run with everything on."""
+    assert main(arguments(place, place / "whole")) == 0
+    return place / "whole"
+
+
+def test_a_run_learns(place, tmp_path, capsys):
+    """Shapes are told apart far better than by chance, by the weights it calls best."""
+    more = ("train.steps=120", "train.lr=1e-2", "eval.every=5", "ema.enabled=false", "train.layer_decay=null")
+    more += ("data.crop_scale=[0.7,1]", "train.label_smoothing=0", "data.flip=0", "log.print_every=1000")
+    assert main(arguments(place, tmp_path / "run", *PLAIN, *more)) == 0
+    rows = metrics(tmp_path / "run")
+    assert sum(r["loss"] for r in rows[-10:]) < 0.7 * sum(r["loss"] for r in rows[:10])
+    found = results(tmp_path / "run")
+    assert found["best"]["top1"] >= 0.6 and found["ema"] is None
+    assert found["best"]["top1"] == max(r["model"]["top1"] for r in validations(tmp_path / "run"))
+    assert "--table" in capsys.readouterr().out
+
+
+def test_what_a_run_leaves(place, whole):
+    for name in ("curve.png", "confusion.png"):
+        assert (whole / name).read_bytes()[:4] == b"\x89PNG"
+    assert (whole / "classes.txt").read_text().split() == ["bars", "disc", "frame", "wedge"]
+    assert json.loads((whole / "per_class.json").read_text())["classes"]["wedge"]["images"] == 3
+    rows, found = validations(whole), results(whole)
+    assert [r["step"] for r in rows] == [6, 12, 18, 20]  # 46 images, 8 a step: every epoch, and the end
+    assert found["last"] == rows[-1]["model"] and found["ema"] == rows[-1]["ema"]
+    tops = [(r[of]["top1"], r["step"], of) for r in rows for of in ("model", "ema")]
+    assert found["best"]["top1"] == max(t for t, _, _ in tops)
+    assert (found["best"]["top1"], found["best"]["step"], found["best"]["of"]) in tops
+    last, ema = load_file(whole / "last.safetensors"), load_file(whole / "ema.safetensors")
+    state = final_state(whole)
+    assert all(torch.equal(last[k], state["model"][k]) and torch.equal(ema[k], state["ema"][k]) for k in last)
+    assert not torch.equal(last["head.fc.weight"], ema["head.fc.weight"])
+
+
+def test_the_average_is_the_average(place, tmp_path):
+    """The EMA of three steps, computed from the checkpoints of each."""
+    more = ("train.steps=3", "train.warmup_epochs=0", "checkpoint.every=1", "checkpoint.keep_last=3", "ema.decay=0.75")
+    assert main(arguments(place, tmp_path / "run", *PLAIN, *more)) == 0
+    states = [torch.load(p, weights_only=True) for p in sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))]
+    for name in ("stem.0.weight", "stages.2.blocks.1.mlp.grn.weight", "head.norm.bias"):
+        for before, after in zip(states, states[1:], strict=False):
+            wanted = 0.75 * before["ema"][name] + 0.25 * after["model"][name]
+            torch.testing.assert_close(after["ema"][name], wanted)
+
+
+VIT = "vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    "name,pool", [("convnextv2_atto", "avg"), (VIT, "avg"), pytest.param(VIT, "token", marks=pytest.mark.slow)]
+)
+def test_timm_gives_the_same_accuracy(place, tmp_path, name, pool):
+    out = tmp_path / "run"
+    more = ("train.steps=8", "train.warmup_epochs=0", f"model.name={name}", f"model.pool={pool}", "eval.every=100")
+    assert main(arguments(place, out, *more, init=None)) == 0
+    about = json.loads((out / "last.json").read_text())
+    model = timm.create_model(about["model"], checkpoint_path=str(out / "last.safetensors"), **about["timm"]).eval()
+    parts = open_parts(f"{place}/shapes/train", f"{place}/shapes/val", 3, 1.0, 0)
+    assert about["classes"] == parts.classes and about["model"] == name
+    images, labels = zip(
+        *CentreCrops(parts.val, tuple(about["image_size"]), 3, about["mean"], about["std"]), strict=True
+    )
+    with torch.no_grad():
+        logits = model(torch.stack(images))
+    found = results(out)["last"]
+    assert (logits.argmax(1) == torch.tensor(labels)).double().mean().item() == pytest.approx(found["top1"])
+    loss = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(labels)).item()
+    assert loss == pytest.approx(found["loss"], rel=1e-5) and about["val"]["top1"] == found["top1"]
+
+
+def test_workers_change_nothing(place, whole, tmp_path):
+    """RandAugment, erasing, mixing and drop path follow from seed, epoch, image and step."""
+    assert main(arguments(place, tmp_path / "workers", "data.workers=2")) == 0
+    assert_same_outcome(tmp_path / "workers", whole)
+
+
+def test_another_seed_changes_everything(place, whole, tmp_path):
+    assert main(arguments(place, tmp_path / "seed", "seed=1", "train.steps=2", "train.warmup_epochs=0")) == 0
+    assert metrics(tmp_path / "seed")[0]["loss"] != metrics(whole)[0]["loss"]
+
+
+@pytest.fixture(scope="module")
+def single(place):
+    assert main(arguments(place, place / "single", *PLAIN)) == 0
+    return place / "single"
+
+
+@pytest.mark.slow
+def test_two_ranks_follow_one_process(place, single, tmp_path):
+    process = start("fcmae.finetune", arguments(place, tmp_path / "two", *PLAIN, "train.batch_size=4"), processes=2)
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-2000:]
+    assert "8 = 4 x 1 accumulated x 2 processes" in said
+    assert_close_weights(tmp_path / "two", single, 1e-5)
+    ours, theirs = validations(tmp_path / "two"), validations(single)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["model"]["images"] == b["model"]["images"] == 18  # every image once
+        assert a["model"]["loss"] == pytest.approx(b["model"]["loss"], rel=1e-4)
+
+
+def test_accumulation_follows_the_whole_batch(place, single, tmp_path):
+    assert main(arguments(place, tmp_path / "a", *PLAIN, "train.batch_size=2", "train.effective_batch=8")) == 0
+    assert_close_weights(tmp_path / "a", single, 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.slow
+def test_low_precision_follows_fp32(place, single, tmp_path, precision):
+    assert main(arguments(place, tmp_path / "low", *PLAIN, f"train.precision={precision}")) == 0
+    for ours, theirs in zip(metrics(tmp_path / "low"), metrics(single), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_compiled_follows_eager(place, single, tmp_path):
+    assert main(arguments(place, tmp_path / "c", *PLAIN, "train.compile=true", "train.steps=4")) == 0
+    losses = [r["loss"] for r in metrics(tmp_path / "c")]
+    assert losses == pytest.approx([r["loss"] for r in metrics(single)[:4]], rel=1e-3)
+
+
+def test_eval_repeats_a_run_s_best(place, whole, tmp_path, capsys):
+    assert main(arguments(place, tmp_path / "e", "--eval", init="whole")) == 0
+    said = json.loads(capsys.readouterr().out)
+    best = results(whole)["best"]
+    assert said == {key: best[key] for key in said} and set(said) > {"top1", "top5", "balanced", "loss"}
+    assert json.loads((tmp_path / "e" / "eval.json").read_text())["top1"] == best["top1"]
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    assert main([str(place / "config.yaml"), f"init={whole / 'best.safetensors'}", "--eval", "out=null"]) == 0
+    assert json.loads(capsys.readouterr().out) == said
+    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}

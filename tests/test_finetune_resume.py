@@ -1,0 +1,129 @@
+"""Killed at any instant, a fine-tuning resumes to the same weights, average and best score, bit for bit."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from fcmae.finetune import main
+from labelled_runs import arguments, assert_same_outcome, make_place, results, start
+from small_runs import final_state
+
+SETTINGS = ("checkpoint.every=3", "data.workers=1")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The place and the uninterrupted run."""
+    place = make_place(tmp_path_factory.mktemp("resume"))
+    assert main(arguments(place, place / "whole", *SETTINGS)) == 0
+    return place, place / "whole"
+
+
+def lines(path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def kill_at(given: list[str], metrics, step: int, pause: float) -> None:
+    """SIGKILL a run `pause` seconds after its metrics have reached a step."""
+    process = start("fcmae.finetune", given)
+    deadline = time.monotonic() + 100
+    while lines(metrics) < step and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(pause)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors[-2000:]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle(whole, tmp_path):
+    place, done = whole
+    rng = random.Random(0)
+    kill_at(arguments(place, tmp_path / "k", *SETTINGS), tmp_path / "k" / "metrics.jsonl", rng.randint(5, 15), 0.01)
+    assert not (tmp_path / "k" / "results.json").exists()
+    assert main(arguments(place, tmp_path / "k", "checkpoint.every=3")) == 0
+    assert_same_outcome(tmp_path / "k", done)
+
+
+@pytest.mark.slow
+def test_killed_at_many_random_moments(whole, tmp_path):
+    place, done = whole
+    out, rng = tmp_path / "k", random.Random(1)
+    for i in range(6):
+        kill_at(arguments(place, out, *SETTINGS), out / "metrics.jsonl", 3 * i + rng.randint(1, 2), 0.1 * rng.random())
+    assert main(arguments(place, out, *SETTINGS)) == 0
+    assert_same_outcome(out, done)
+
+
+def test_a_signal_saves_before_leaving(whole, tmp_path, capsys):
+    place, done = whole
+    out = tmp_path / "s"
+
+    def stop():
+        while lines(out / "metrics.jsonl") < 7:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert main(arguments(place, out, "checkpoint.every=1000")) == 128 + signal.SIGTERM
+    thread.join()
+    step = final_state(out)["step"]
+    assert 7 <= step < 20 and f"saved at step {step}" in capsys.readouterr().out
+    assert main(arguments(place, out)) == 0
+    assert_same_outcome(out, done)
+
+
+def test_what_lies_between_the_last_checkpoint_and_the_results_is_made_again(whole, tmp_path):
+    """A run killed right after its last checkpoint: only the exports are missing, and the best score is remembered."""
+    place, done = whole
+    out = tmp_path / "e"
+    assert main(arguments(place, out)) == 0
+    for name in ("results.json", "last.safetensors", "ema.safetensors", "curve.png"):
+        (out / name).unlink()
+    before = (out / "best.safetensors").stat().st_mtime_ns
+    assert main(arguments(place, out)) == 0
+    assert_same_outcome(out, done)
+    assert results(out)["best"] == results(done)["best"]
+    assert (out / "best.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_complete_run_is_left_alone(whole, capsys):
+    place, done = whole
+    before = {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file()}
+    assert main(arguments(place, done, *SETTINGS)) == 0
+    assert "complete" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_branching_off_goes_on_with_optimizer_and_average(whole, tmp_path):
+    """resume=FILE out=NEW: the first step after it is that of the run it came from."""
+    place, done = whole
+    out = tmp_path / "b"
+    assert main(arguments(place, out, "train.steps=12", "checkpoint.every=9")) == 0  # its own, shorter schedule
+    branch = out / "checkpoints" / "step_000000009.pt"
+    more = (f"resume={branch}", "train.steps=12", "checkpoint.every=9")
+    assert main(arguments(place, tmp_path / "n", *more, init=None)) == 0
+    assert (tmp_path / "n" / "best.safetensors").is_file() and results(tmp_path / "n")["best"]["step"] == 12
+    for name in ("model", "ema"):
+        a, b = final_state(out)[name], final_state(tmp_path / "n")[name]
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+def test_lars_resumes_too(whole, tmp_path):
+    place, _ = whole
+    more = ("train.optimizer=lars", "train.steps=6", "checkpoint.every=3")
+    for out, steps in (("a", 6), ("b", 6)):
+        assert main(arguments(place, tmp_path / out, *more, f"train.steps={steps}")) == 0
+    (tmp_path / "b" / "checkpoints" / "step_000000006.pt").unlink()
+    for name in ("results.json", "last.safetensors"):
+        (tmp_path / "b" / name).unlink()
+    assert main(arguments(place, tmp_path / "b", *more)) == 0
+    assert_same_outcome(tmp_path / "b", tmp_path / "a")
