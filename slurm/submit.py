@@ -36,7 +36,7 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0 submitted (with --local: done), 2 bad input."""
+    """The command; returns the exit status: 0 submitted (with --local: done), 2 bad input, 1 else."""
     try:
         return submit(parse(sys.argv[1:] if argv is None else argv))
     except (UsageError, OSError) as error:
@@ -54,8 +54,10 @@ def submit(given: argparse.Namespace) -> int:
     if given.local and wanted.nodes > 1:
         raise UsageError("--local is this machine alone: --nodes 1, with --tasks-per-node or --gpus-per-node")
     base, runs = runs_of(given)
-    if not given.local and not given.not_shared and (warning := check_shared(base)):
-        print(f"submit: warning: {warning}", file=sys.stderr)
+    if not given.local and not given.not_shared:
+        for folder in (base, *(run.out for run in runs if not run.out.is_relative_to(base))):
+            if warning := check_shared(folder):
+                print(f"submit: warning: {warning}", file=sys.stderr)
     if given.dry_run:
         print(sbatch_script(base, runs, wanted))
         return 0
@@ -214,7 +216,8 @@ def run_here(base: Path, runs: list[Run], wanted: Resources) -> int:
         unfinished = [task for task in range(rank_count(wanted)) if not job.task(task).paths.result_pickle.exists()]
         if unfinished:
             print(f"submit: {run.out} did not end well; see {job.task(unfinished[0]).paths.stdout}", file=sys.stderr)
-            return 1
+            failed = sorted((base / "slurm").glob(f"{job.job_id}_*_failed"))
+            return int(failed[0].read_text()) if failed else 1
     return 0
 
 

@@ -96,8 +96,8 @@ def test_preempted_three_times_and_killed_once_it_ends_the_same(cluster, place, 
 def test_out_of_time_it_is_requeued_and_finishes(cluster, place, tmp_path):
     out = tmp_path / "run"
     longer = ["train.steps=null", "train.seconds=45", "log.print_every=50", "checkpoint.every=100000"]
-    job = cluster.submit(*arguments(place, out, *longer), *TWO_NODES, "--timeout", "1")
-    assert cluster.wait(job, 240) == ["COMPLETED"], log(out, job, 0)
+    job = cluster.submit(*arguments(place, out, *longer), *TWO_NODES, "--timeout", "1", "--signal-delay", "5")
+    assert cluster.wait(job, 400) == ["COMPLETED"], log(out, job, 0)
     assert cluster.restarts(job) >= 1
     said = log(out, job, 0)
     assert "signal 12: saved at step" in said and "slurm: requeued after status 140" in said
