@@ -194,7 +194,7 @@ def test_what_a_run_refuses(place, tmp_path, capsys):
     for settings, words in [
         ([f"init={tmp_path}/conv.pth"], "holds ConvNeXt V2 of depths"),
         ([f"init={place}/first", *convnet, "model.depth=null"], "holds ViT of width 32"),
-        ([f"init={place}/first", "model.depth=3"], "set model.name, or the sizes"),
+        ([f"init={place}/first", "model.depth=3"], "set model.name, or what is under model."),
         ([f"init={place}/first", "model.in_chans=4"], "--in-chans 4"),
         ([f"init={place}/first", "model.heads=4"], "has 2 heads of attention, the model 4"),
         ([f"init={tmp_path}/hf", "model.heads=4"], "has 2 heads of attention, the model 4"),
