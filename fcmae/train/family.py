@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 from fcmae import config as settings
-from fcmae.config import Config, ModelConfig
 from fcmae.errors import UsageError
 from fcmae.models import find_model, settings_of
+from fcmae.schema import Config, ModelConfig
 
 # Settings that are arguments of a model's class; the image size, which may be one number or two, is not among them.
 ARGUMENTS = {

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fcmae.config import Config
 from fcmae.errors import UsageError
 from fcmae.kernels.tiles import Tiles
+from fcmae.schema import Config
 from fcmae.train import optim
 from fcmae.train.distributed import World
 from fcmae.train.log import Log

@@ -16,6 +16,7 @@ from torch import nn
 from fcmae import config as settings
 from fcmae.errors import UsageError
 from fcmae.layouts import timm
+from fcmae.schema import Config
 from fcmae.train import checkpoint, family
 from fcmae.weights import write_safetensors
 
@@ -58,15 +59,14 @@ class RunFolder:
         """The encoder in timm's layout, written at the end."""
         return self.path / "encoder.safetensors"
 
-    def check(self, config: settings.Config) -> None:
+    def check(self, config: Config) -> None:
         """Raises UsageError when the folder holds another run, or files that belong to none."""
         if self.config.is_file():
             held = family.held(settings.read_yaml(self.config), str(self.config))
             changed = settings.differences(held, settings.to_dict(config), family.free(config, settings.FREE_KEYS))
             if changed:
-                more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 raise UsageError(
-                    f"{self.path} holds another run ({'; '.join(changed[:3])}{more}); resume it with its own settings, "
+                    f"{self.path} holds another run ({settings.shown(changed)}); resume it with its own settings, "
                     f"choose another folder with out=..., or remove it"
                 )
         else:
@@ -74,7 +74,7 @@ class RunFolder:
             if foreign:
                 raise UsageError(f"{self.path} has {foreign[0]} but no config.yaml; choose another folder with out=...")
 
-    def claim(self, config: settings.Config) -> IO:
+    def claim(self, config: Config) -> IO:
         """Make the folder this run's, and hold it for this process until the returned file is closed.
 
         Raises UsageError when it cannot be written, or when another process holds it.

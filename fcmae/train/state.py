@@ -10,6 +10,7 @@ from torch import nn
 from fcmae import config as settings
 from fcmae.errors import UsageError
 from fcmae.layouts import LAYOUTS, training
+from fcmae.schema import Config
 from fcmae.train import family
 
 
@@ -33,7 +34,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     progress: Progress = field(default_factory=Progress)
 
-    def payload(self, config: settings.Config, dataset_size: int) -> dict:
+    def payload(self, config: Config, dataset_size: int) -> dict:
         """A checkpoint's content: tensors and plain data only, so that reading it never runs code."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return {
@@ -46,7 +47,7 @@ class TrainState:
             **asdict(self.progress),
         }
 
-    def restore(self, payload: dict, where: str, config: settings.Config, dataset_size: int) -> None:
+    def restore(self, payload: dict, where: str, config: Config, dataset_size: int) -> None:
         """Go on from a payload of any backend, weights and optimizer state translated into this model's layout.
 
         Raises UsageError when it belongs to another model, other settings or other images.
