@@ -19,12 +19,12 @@ from fcmae.cli import run_command
 from fcmae.comparison import report
 from fcmae.comparison.evaluate import SHEET, evaluate, up_to_date
 from fcmae.comparison.settings import FREE_KEYS, CompareConfig, arms_of, check_alike
-from fcmae.config import Config
 from fcmae.data import MaskedImages
 from fcmae.downstream.labelled import Labelled, open_labelled
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
 from fcmae.pretrain import build_dataset, build_model, compiled, steps_of
+from fcmae.schema import Config
 from fcmae.train import checks, distributed
 from fcmae.train.init import start_from
 from fcmae.train.loop import StopSignal
@@ -117,9 +117,8 @@ def check_folder(config: CompareConfig) -> None:
     apart = ({**settings.to_dict(c), "arms": {}} for c in (held, config))
     changed = settings.differences(*apart, FREE_KEYS)
     if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UsageError(
-            f"{out} holds something else ({'; '.join(changed[:3])}{more}); go on with its own settings, choose another "
+            f"{out} holds something else ({settings.shown(changed)}); go on with its own settings, choose another "
             f"folder with out=..., or remove it"
         )
 

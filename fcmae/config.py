@@ -17,24 +17,6 @@ from yaml import YAMLError
 
 from fcmae.errors import UsageError, nearest
 from fcmae.files import write_whole
-from fcmae.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    LogConfig,
-    LossConfig,
-    MaskConfig,
-    ModelConfig,
-    SparseConfig,
-    TrainConfig,
-    setting,
-)
-
-__all__ = [
-    "BRANCH_KEYS", "FREE_KEYS", "CheckpointConfig", "Config", "DataConfig", "LogConfig", "LossConfig", "MaskConfig",
-    "ModelConfig", "SparseConfig", "TrainConfig", "describe", "differences", "flatten", "help_text", "load", "override",
-    "read_yaml", "setting", "to_dict", "write_yaml",
-]  # fmt: skip
 
 C = TypeVar("C")
 
@@ -86,6 +68,11 @@ def differences(old: dict, new: dict, free: Sequence[str] = ()) -> list[str]:
     a, b = flatten(old), flatten(new)
     keys = [k for k in dict.fromkeys([*a, *b]) if k not in free and a.get(k) != b.get(k)]
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in keys]
+
+
+def shown(changed: list[str]) -> str:
+    """The first of such differences, and how many more there are."""
+    return "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
 def read_yaml(path: Path) -> dict:

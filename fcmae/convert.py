@@ -23,7 +23,9 @@ from fcmae.files import aside, write_whole
 from fcmae.layouts import FAMILIES, LAYOUTS, VIT_LAYOUTS, Layout, timm, training
 from fcmae.layouts import stem as stems
 from fcmae.layouts.running import Outputs, moved_by_timm, outputs
-from fcmae.layouts.spec import Spec, Told, VitSpec, read_spec
+from fcmae.layouts.sizes import Spec, Told
+from fcmae.layouts.spec import read_spec
+from fcmae.layouts.vit_spec import VitSpec
 from fcmae.report import describe
 from fcmae.resizing import moved, pair, with_size
 from fcmae.weights import Weights, read_checkpoint, read_weights, write_safetensors

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from fcmae.errors import UsageError
 from fcmae.layouts import hf_models
+from fcmae.layouts.convnext_spec import ConvNextSpec
 from fcmae.layouts.hf_models import Outputs
 from fcmae.layouts.running import timm_model
-from fcmae.layouts.spec import ConvNextSpec, Spec
+from fcmae.layouts.sizes import Spec
 from fcmae.weights import FOLDER_FILES
 
 BATCHES = (1, 3)  # with which a graph of dynamic batch is tried

@@ -54,25 +54,15 @@ def finetune(config: FinetuneConfig) -> int:
     if config.eval_only:
         return evaluate(config)
     checks.check(config)
-    world = distributed.start(config.device)
-    try:
+    with distributed.joined(config) as world:
         return train_to_end(config, world, loop.StopSignal())
-    finally:
-        distributed.stop(world)
 
 
 def train_to_end(
     config: DownstreamConfig, world: distributed.World, stop: loop.StopSignal, blocks: float | None = None
 ) -> int:
     """A run of `steps_of` from here to its end: the exit status."""
-    run = steps_of(config, world, stop, blocks)
-    try:
-        next(run)
-        with stop:
-            while True:
-                next(run)
-    except StopIteration as end:
-        return end.value
+    return loop.to_end(steps_of(config, world, stop, blocks), stop)
 
 
 def steps_of(

@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fcmae import pictures
 from fcmae.cli import run_command
-from fcmae.config import Config
 from fcmae.data import MaskedImages, SampleStream, make_loader, open_source
 from fcmae.data.transforms import make_transform, stats
 from fcmae.errors import UsageError
 from fcmae.masking import draw_mask, grid_size
 from fcmae.models import create_model
 from fcmae.models.autoencoder import MaskedAutoencoder
+from fcmae.schema import Config
 from fcmae.train import checkpoint, checks, distributed, family, loop, optim
 from fcmae.train.head import describe_run, next_commands
 from fcmae.train.init import start_from
@@ -46,14 +46,7 @@ def pretrain(config: Config) -> int:
     family.fill(config)
     with distributed.joined(config) as world:
         stop = loop.StopSignal()
-        run = steps_of(config, world, stop)
-        try:
-            next(run)
-            with stop:
-                while True:
-                    next(run)
-        except StopIteration as end:
-            return end.value
+        return loop.to_end(steps_of(config, world, stop), stop)
 
 
 def steps_of(

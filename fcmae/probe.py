@@ -44,11 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 def probe(config: ProbeConfig) -> int:
     """Probe as configured; see `main` for the result. Raises UsageError for bad input."""
     checks.check(config)
-    world = distributed.start(config.device)
-    try:
+    with distributed.joined(config) as world:
         return (neighbours if config.probe.mode == "knn" else trained)(config, world)
-    finally:
-        distributed.stop(world)
 
 
 def trained(config: ProbeConfig, world: distributed.World) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from fcmae.layouts import Layout
-from fcmae.layouts.spec import Spec
+from fcmae.layouts.sizes import Spec
 from fcmae.weights import Weights
 
 

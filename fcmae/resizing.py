@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fcmae.errors import UsageError
 from fcmae.layouts.positions import grid_of, resampled
-from fcmae.layouts.spec import VitSpec
+from fcmae.layouts.vit_spec import VitSpec
 from fcmae.masking import grid_size
 from fcmae.weights import Weights
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
 from fcmae.layouts import FAMILIES, Layout
-from fcmae.layouts.spec import Spec, Told, read_spec
+from fcmae.layouts.sizes import Spec, Told
+from fcmae.layouts.spec import read_spec
 from fcmae.models.decoders import HEADS
 
 # Under which names training scripts keep the weights among other things; the averaged ones with `ema`.

@@ -18,6 +18,7 @@ from fcmae.convert import main as convert
 from fcmae.convert import read_checkpoint
 from fcmae.data.transforms import make_transform
 from fcmae.pretrain import build_model, main
+from fcmae.schema import Config
 from fcmae.train.checks import check
 from fcmae.train.schedule import make_schedule
 from helpers import close, shake
@@ -73,7 +74,7 @@ def test_every_published_ablation_has_a_file():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_files_hold_the_published_recipe(file):
-    recipe = settings.load(settings.Config, file, ["data.source=x"])
+    recipe = settings.load(Config, file, ["data.source=x"])
     check(recipe)
     is_mae = file.stem.startswith("mae")
     assert recipe.model.name == ("mae_vit_large_patch16" if is_mae else "fcmae_convnextv2_base")
@@ -90,7 +91,7 @@ def test_the_files_hold_the_published_recipe(file):
 @pytest.mark.parametrize("file,row", ROWS, ids=IDS)
 def test_every_row_is_a_model(file, row):
     """On the meta device, all settings checked, and of the published size."""
-    config = settings.load(settings.Config, file, ["data.source=x", *row])
+    config = settings.load(Config, file, ["data.source=x", *row])
     check(config)
     with torch.device("meta"):
         model = build_model(config)
@@ -140,7 +141,7 @@ def test_every_variant_is_read(name, tmp_path, pictures):
     """From a file of tensors alone, whatever else they are trained as; and from a wrapped model's."""
     text, own = VARIANTS[name]
     (tmp_path / "c.yaml").write_text(text)
-    config = settings.load(settings.Config, tmp_path / "c.yaml", [*own, f"data.source={pictures}", "out=x"])
+    config = settings.load(Config, tmp_path / "c.yaml", [*own, f"data.source={pictures}", "out=x"])
     check(config)
     state = shake(build_model(config)).state_dict()
     torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "a.pt")
@@ -178,7 +179,7 @@ def test_cut_at_half_and_resumed_a_run_is_the_same_bit_for_bit(variant):
 
 def test_the_checkpoint_loads_strictly_and_is_described(variant, capsys):
     name, folder, own = variant
-    config = settings.load(settings.Config, folder / "config.yaml", [*own, "out=x"])
+    config = settings.load(Config, folder / "config.yaml", [*own, "out=x"])
     model = build_model(config)
     model.load_state_dict(read_checkpoint(folder / "whole"), strict=True)
     assert model.target is None or model.target.fitted
@@ -250,7 +251,7 @@ def test_v1_by_the_printed_command(tmp_path, pictures, capsys):
     assert main([str(tmp_path / "c.yaml"), *short, "model.norm=none"]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("use it:")]
     model = eval(line.split("print(")[1].removesuffix('.num_features)"'), {"timm": timm}).eval()
-    ours = build_model(settings.load(settings.Config, tmp_path / "run" / "config.yaml", []))
+    ours = build_model(settings.load(Config, tmp_path / "run" / "config.yaml", []))
     ours.load_state_dict(read_checkpoint(tmp_path / "run"), strict=True)
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from fcmae.downstream.labelled import CentreCrops, open_labelled
 from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.pretrain import build_dataset, build_model
 from fcmae.pretrain import main as pretrain
+from fcmae.schema import Config
 from fcmae.train.schedule import make_schedule
 from fcmae.weights import read_checkpoint
 from helpers import close
@@ -275,7 +276,7 @@ def test_a_budget_of_seconds(place, tmp_path):
     for name in ARMS:
         arm, own = out / "arms" / name, curve_of(out, name)
         assert own["seconds"][-2] < seconds <= own["seconds"][-1] == final_state(arm)["seconds"]
-        config = settings.load(settings.Config, arm / "config.yaml", [])
+        config = settings.load(Config, arm / "config.yaml", [])
         schedule = make_schedule(config.train, 40, 1)
         rates = [row["lr"] for row in metrics(arm)]
         assert rates == [schedule.lr_at(0, used) for used in [0.0, *own["seconds"][:-1]]]

@@ -14,6 +14,7 @@ from fcmae.comparison.memory import peak_memory
 from fcmae.comparison.settings import CompareConfig, arms_of
 from fcmae.downstream import representation
 from fcmae.downstream.labelled import CentreCrops, open_labelled
+from fcmae.schema import Config
 from fcmae.train.schedule import make_schedule
 from small_comparison import arguments, configured, make_place
 
@@ -251,7 +252,7 @@ def test_shipped_comparisons(name):
         return
     for arm in arms.values():
         schedule = make_schedule(arm.train, 1_281_167, world_size=8)
-        recipe = settings.load(settings.Config, CONFIGS / "pretrain" / f"{arm.model.name}.yaml", [])
+        recipe = settings.load(Config, CONFIGS / "pretrain" / f"{arm.model.name}.yaml", [])
         own = make_schedule(recipe.train, 1_281_167, world_size=8)
         assert (schedule.steps, schedule.effective_batch, schedule.peak_lr) == (
             own.steps, own.effective_batch, own.peak_lr,

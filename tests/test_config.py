@@ -6,6 +6,7 @@ import pytest
 
 from fcmae import config as settings
 from fcmae.models import MODELS
+from fcmae.schema import Config, TrainConfig
 from fcmae.train.checks import check
 from fcmae.train.schedule import make_schedule
 
@@ -14,23 +15,23 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "pretrain"
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
     (tmp_path / "a.yaml").write_text("train: {batch_size: 7, base_lr: 1e-3}\nmodel: {image_size: [64, 96]}\n")
-    loaded = settings.load(settings.Config, tmp_path / "a.yaml", ["train.batch_size=9", "model.dims=[1,2,3,4]"])
+    loaded = settings.load(Config, tmp_path / "a.yaml", ["train.batch_size=9", "model.dims=[1,2,3,4]"])
     assert (loaded.train.batch_size, loaded.train.base_lr, loaded.train.betas) == (9, 1e-3, [0.9, 0.95])
     assert loaded.model.image_size == [64, 96] and loaded.model.dims == [1, 2, 3, 4]
-    assert isinstance(loaded, settings.Config) and isinstance(loaded.train, settings.TrainConfig)
+    assert isinstance(loaded, Config) and isinstance(loaded.train, TrainConfig)
 
 
 def test_a_written_config_loads_as_the_same(tmp_path):
     (tmp_path / "a.yaml").write_text("out: x\ntrain: {lr: 1.0e-3, betas: [0.8, 0.9]}\n")
-    loaded = settings.load(settings.Config, tmp_path / "a.yaml", [])
+    loaded = settings.load(Config, tmp_path / "a.yaml", [])
     settings.write_yaml(loaded, tmp_path / "b.yaml")
-    assert settings.load(settings.Config, tmp_path / "b.yaml", []) == loaded
+    assert settings.load(Config, tmp_path / "b.yaml", []) == loaded
     assert settings.differences(settings.read_yaml(tmp_path / "b.yaml"), settings.to_dict(loaded)) == []
 
 
 def test_help_lists_every_key_with_type_default_and_a_line():
-    text = settings.help_text("fcmae.pretrain", settings.Config)
-    rows = settings.describe(settings.Config)
+    text = settings.help_text("fcmae.pretrain", Config)
+    rows = settings.describe(Config)
     assert len(rows) > 40
     for key, (kind, _, line) in rows.items():
         assert f"  {key} " in text and kind in text and line in text and len(line) > 5
@@ -38,12 +39,12 @@ def test_help_lists_every_key_with_type_default_and_a_line():
 
 
 def test_free_keys_exist():
-    assert set(settings.FREE_KEYS) <= set(settings.describe(settings.Config))
+    assert set(settings.FREE_KEYS) <= set(settings.describe(Config))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_recipes(name):
-    recipe = settings.load(settings.Config, CONFIGS / f"{name}.yaml", ["data.source=x"])
+    recipe = settings.load(Config, CONFIGS / f"{name}.yaml", ["data.source=x"])
     check(recipe)
     assert recipe.model.name == name and recipe.out == f"runs/{name}"
     schedule = make_schedule(recipe.train, 1_281_167, world_size=8)

@@ -10,7 +10,8 @@ import torch
 from fcmae.downstream import groups
 from fcmae.downstream.settings import DownstreamTrain
 from fcmae.errors import UsageError
-from fcmae.layouts.spec import ConvNextSpec, VitSpec
+from fcmae.layouts.convnext_spec import ConvNextSpec
+from fcmae.layouts.vit_spec import VitSpec
 from fcmae.models import CONVNEXTV2_SIZES, VIT_SIZES
 from fcmae.train.optim import set_lr
 

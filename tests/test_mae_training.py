@@ -11,6 +11,7 @@ from fcmae.convert import main as convert
 from fcmae.convert import read_checkpoint
 from fcmae.data import SampleStream, make_loader
 from fcmae.pretrain import build_dataset, build_model, main
+from fcmae.schema import Config
 from fcmae.train import checks, optim
 from helpers import close, masks
 from small_runs import assert_same_run, final_state, make_pictures, metrics
@@ -40,10 +41,10 @@ def train(place, out, *overrides) -> None:
     assert main([str(place / "config.yaml"), f"data.source={place / 'pictures'}", f"out={out}", *overrides]) == 0
 
 
-def configured(place, *overrides) -> settings.Config:
+def configured(place, *overrides) -> Config:
     """The configuration of a run, checked as the command checks it."""
     source = [f"data.source={place / 'pictures'}", "out=x"]
-    config = settings.load(settings.Config, place / "config.yaml", [*source, *overrides])
+    config = settings.load(Config, place / "config.yaml", [*source, *overrides])
     checks.check(config)
     return config
 

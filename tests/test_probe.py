@@ -13,7 +13,8 @@ from fcmae.downstream.batch_norm import normalize_features, plain
 from fcmae.downstream.data import open_parts
 from fcmae.downstream.frozen import Frozen, last_blocks
 from fcmae.downstream.labelled import CentreCrops
-from fcmae.layouts.spec import ConvNextSpec, VitSpec
+from fcmae.layouts.convnext_spec import ConvNextSpec
+from fcmae.layouts.vit_spec import VitSpec
 from fcmae.models import create_model
 from fcmae.probe import main
 from labelled_runs import LAST, PLAIN, arguments, make_place, results, start

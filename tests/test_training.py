@@ -257,8 +257,8 @@ def test_what_a_run_leaves(place, tmp_path):
 
 @pytest.mark.slow
 def test_native_and_reference_give_one_loss_curve(place, tmp_path):
-    # With a higher rate the first plateau is left within these steps, which multiplies any rounding by thousands: at 3e-4
-    # the curves then differ by 6e-3, at the config's own 1e-3 even the reference's with one thread and with two.
+    # With a higher rate the first plateau is left within these steps, which multiplies any rounding by thousands: at
+    # 3e-4 the curves then differ by 6e-3, at the config's own 1e-3 even the reference's with one thread and with two.
     for backend in ("native", "reference"):
         train(place, tmp_path / backend, f"sparse.backend={backend}", "train.steps=200", "train.lr=2e-4")
     ours, theirs = (torch.tensor([r["loss"] for r in metrics(tmp_path / b)]) for b in ("native", "reference"))

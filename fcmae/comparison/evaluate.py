@@ -18,7 +18,6 @@ from fcmae.comparison import measure
 from fcmae.comparison.channels import cosine_distances, dense
 from fcmae.comparison.memory import peak_memory
 from fcmae.comparison.settings import CompareConfig
-from fcmae.config import Config
 from fcmae.data import MaskedImages
 from fcmae.data.transforms import stats
 from fcmae.downstream import representation
@@ -28,6 +27,7 @@ from fcmae.masking import grid_size, keep_count
 from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.models.support import MINKOWSKI
 from fcmae.pretrain import build_model, worker_count
+from fcmae.schema import Config
 from fcmae.train import checkpoint
 from fcmae.train.loop import tiles_of
 from fcmae.train.run_folder import RunFolder

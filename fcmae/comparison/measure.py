@@ -17,12 +17,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fcmae
-from fcmae.config import Config
 from fcmae.kernels.devices import active
 from fcmae.masking import draw_mask, grid_size
 from fcmae.models import settings_of
 from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.pretrain import build_model
+from fcmae.schema import Config
 from fcmae.train.loop import tiles_of
 from fcmae.train.run_folder import RunFolder
 

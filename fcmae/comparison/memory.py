@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from fcmae import config as settings
-from fcmae.config import Config
 from fcmae.errors import UsageError
 from fcmae.masking import draw_mask, grid_size
 from fcmae.pretrain import build_model, compiled
+from fcmae.schema import Config
 from fcmae.train import optim
 from fcmae.train.loop import tiles_of
 

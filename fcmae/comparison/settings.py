@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fcmae import config as settings
-from fcmae.config import (
+from fcmae.errors import UsageError
+from fcmae.models.autoencoder import MaskedAutoencoder
+from fcmae.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -21,8 +23,6 @@ from fcmae.config import (
     TrainConfig,
     setting,
 )
-from fcmae.errors import UsageError
-from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.train import checks, family
 from fcmae.train.schedule import Schedule
 

@@ -28,14 +28,11 @@ def evaluate(config: FinetuneConfig) -> int:
         raise UsageError(f"init={config.init} has no classifier to validate: fine-tune it first")
     adopt(config, start)
     checks.check(config, training=False)
-    world = distributed.start(config.device)
-    try:
+    with distributed.joined(config) as world:
         given = start.about.get("classes")
         labelled = open_val(config.data.val, config.model.in_chans, given, start.spec.classes, f"init={config.init}")
         model = build(start, start.spec.classes, config).to(world.device)
         found, scores = validate(model, config, labelled, world, worker_count(config.data.workers))
-    finally:
-        distributed.stop(world)
     if world.is_main:
         print(json.dumps(scores, indent=1))
         if config.out is not None:

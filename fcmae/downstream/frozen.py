@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fcmae.errors import UsageError
-from fcmae.layouts.spec import ConvNextSpec, Spec
+from fcmae.layouts.convnext_spec import ConvNextSpec
+from fcmae.layouts.sizes import Spec
 
 
 def blocks_of(spec: Spec) -> list[str]:

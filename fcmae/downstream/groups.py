@@ -9,7 +9,8 @@ from torch import nn
 
 from fcmae.downstream.settings import DownstreamTrain
 from fcmae.errors import UsageError
-from fcmae.layouts.spec import ConvNextSpec, Spec
+from fcmae.layouts.convnext_spec import ConvNextSpec
+from fcmae.layouts.sizes import Spec
 from fcmae.train.optim import adamw
 
 GROUP = 3  # blocks of stage 3 to a layer in the scheme `group`

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae import config as settings
-from fcmae.config import CheckpointConfig, TrainConfig, setting
+from fcmae.config import setting
+from fcmae.schema import CheckpointConfig, TrainConfig
 
 
 @dataclass

@@ -15,8 +15,10 @@ from fcmae.errors import UsageError, nearest
 from fcmae.layouts import FAMILIES
 from fcmae.layouts.positions import grid_of, resampled
 from fcmae.layouts.running import timm_model
-from fcmae.layouts.spec import Spec, Told, VitSpec, read_spec
+from fcmae.layouts.sizes import Spec, Told
+from fcmae.layouts.spec import read_spec
 from fcmae.layouts.timm import with_norm
+from fcmae.layouts.vit_spec import VitSpec
 from fcmae.masking import grid_size
 from fcmae.models import MODELS, create_model
 from fcmae.train.run_folder import RunFolder

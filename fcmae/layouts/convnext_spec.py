@@ -34,10 +34,7 @@ class ConvNextSpec(Spec):
 
     @classmethod
     def read(cls, state: dict[str, Tensor], told: Told) -> ConvNextSpec:
-        """From a state dict in this toolkit's layout; KeyError, IndexError or ValueError where that is not possible.
-
-        Blocks without any norm or LayerScale are those of the one norm that has no parameters, `lrn`.
-        """
+        """From a state dict in this toolkit's layout; KeyError, IndexError or ValueError where that is not possible."""
         depths = []
         for i in range(4):
             stage = f"encoder.stages.{i}.blocks."
@@ -45,8 +42,10 @@ class ConvNextSpec(Spec):
         norm = any(key.startswith("norm.") for key in state)
         if "head.weight" in state and not norm:
             raise ValueError("a classifier without the norm that comes before it")
-        ends = {"mlp.grn.weight": "grn", "mlp.norm.running_mean": "bn", "mlp.norm.weight": "ln", "gamma": "none"}
-        ends |= {"mlp.norm.constants": "lrn"}
+        ends = {
+            "mlp.grn.weight": "grn", "mlp.norm.running_mean": "bn", "mlp.norm.weight": "ln",
+            "mlp.norm.constants": "lrn", "gamma": "none",
+        }  # fmt: skip
         blocks = [key for key in state if key.startswith("encoder.stages.") and ".blocks." in key]
         found = (name for end, name in ends.items() if any(key.endswith(f".{end}") for key in blocks))
         kind, width, count, grid = _decoder_of(state, told)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.errors import UsageError
-from fcmae.layouts.spec import ConvNextSpec, Spec, VitSpec
+from fcmae.layouts.convnext_spec import ConvNextSpec
+from fcmae.layouts.sizes import Spec
+from fcmae.layouts.vit_spec import VitSpec
 from fcmae.masking import keep_count, mask_from_noise
 
 # "features", of ConvNets (B, C, H/32, W/32), of ViTs (B, 1 + patches, D); and where the model has what they need

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.layouts import FAMILIES, LAYOUTS, VIT_LAYOUTS, hf_models
+from fcmae.layouts.convnext_spec import ConvNextSpec
 from fcmae.layouts.hf_models import Outputs, hidden
-from fcmae.layouts.spec import ConvNextSpec, Spec, VitSpec
+from fcmae.layouts.sizes import Spec
 from fcmae.layouts.timm import with_norm
+from fcmae.layouts.vit_spec import VitSpec
 from fcmae.models.layers import LAYER_SCALE
 
 

@@ -9,8 +9,6 @@ from fcmae.layouts.convnext_spec import ConvNextSpec
 from fcmae.layouts.sizes import Spec, Told
 from fcmae.layouts.vit_spec import VitSpec
 
-__all__ = ["ConvNextSpec", "Spec", "Told", "VitSpec", "read_spec"]
-
 
 def read_spec(state: dict[str, Tensor], where: str, told: Told | None = None) -> Spec:
     """The sizes of a state dict in this toolkit's layout; told: what its tensors do not tell.

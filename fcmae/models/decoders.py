@@ -27,7 +27,7 @@ HEADS = 16  # of ViT blocks, where no other number is given
 class DecoderSizes:
     """dims: the encoder's widths. dim, depth, heads (of ViT blocks): the decoder's. norm: in ConvNeXt blocks. grid:
     regions (gh, gw) of the model's images. stride: pixels of a region's side. in_chans: of images. predicted: numbers
-    for a region; pixels: whether they are its pixels."""
+    for a region."""
 
     dims: tuple[int, ...]
     dim: int
@@ -38,7 +38,6 @@ class DecoderSizes:
     stride: int
     in_chans: int
     predicted: int
-    pixels: bool
 
 
 class ConvNeXtDecoder:
@@ -114,7 +113,7 @@ class UNetDecoder:
             nn.ModuleList(Block(w, norm=sizes.norm) for _ in range(sizes.depth)) for w in widths
         )
         side = 2 ** (len(widths) - 1)  # positions along a region at the last level
-        if sizes.pixels:
+        if model.target is None:
             model.pred = nn.Linear(widths[-1], (sizes.stride // side) ** 2 * sizes.in_chans)
         else:
             model.pred = nn.Linear(side * side * widths[-1], sizes.predicted)

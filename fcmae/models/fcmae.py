@@ -65,8 +65,7 @@ class FCMAE(MaskedAutoencoder):
         self.encoder = ConvNeXtV2(in_chans, depths, dims, grn, norm)
         grid = self.image_size[0] // STRIDE, self.image_size[1] // STRIDE
         sizes = DecoderSizes(
-            tuple(dims), decoder_dim, decoder_depth, heads, norm, grid, STRIDE, in_chans, self.predicted,
-            pixels=pca is None,
+            tuple(dims), decoder_dim, decoder_depth, heads, norm, grid, STRIDE, in_chans, self.predicted
         )  # fmt: skip
         kind.build(self, sizes)
         self.apply(_init_weights)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from fcmae import config as settings
-from fcmae.config import Config
 from fcmae.data.transforms import CROPS, JITTERED
 from fcmae.errors import UsageError
 from fcmae.masking import STRATEGIES
 from fcmae.minkowski import engine
 from fcmae.models.norms import NORMS
 from fcmae.models.support import MINKOWSKI
+from fcmae.schema import Config
 from fcmae.train import family
 from fcmae.train.optim import PRECISIONS
 from fcmae.train.run_config import RunConfig

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fcmae import config as settings
-from fcmae.config import Config, ModelConfig
 from fcmae.errors import UsageError
 from fcmae.models import find_model, settings_of
+from fcmae.schema import Config, ModelConfig
 from fcmae.train.run_config import RunConfig
 
 # Settings that are arguments of a model's class; the image size, which may be one number or two, is not among them.

@@ -10,10 +10,10 @@ import timm
 import torch
 
 import fcmae
-from fcmae.config import Config
 from fcmae.masking import grid_size, keep_count
 from fcmae.models import find_model
 from fcmae.models.autoencoder import MaskedAutoencoder
+from fcmae.schema import Config
 from fcmae.train import family
 from fcmae.train.distributed import World
 from fcmae.train.run_folder import RunFolder

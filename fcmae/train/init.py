@@ -7,7 +7,9 @@ from torch import Tensor
 from fcmae.errors import UsageError
 from fcmae.layouts import LAYOUTS
 from fcmae.layouts.positions import fixed_grid, grid_of, resampled
-from fcmae.layouts.spec import Told, VitSpec, read_spec
+from fcmae.layouts.sizes import Told
+from fcmae.layouts.spec import read_spec
+from fcmae.layouts.vit_spec import VitSpec
 from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.weights import Weights, read_weights
 

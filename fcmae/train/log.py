@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from fcmae.config import LogConfig
 from fcmae.files import write_whole
+from fcmae.schema import LogConfig
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import Schedule
 from fcmae.train.state import Progress

@@ -66,6 +66,17 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def to_end(steps: Generator[Progress, None, int], stop: StopSignal) -> int:
+    """Run a run step by step to its end: its exit status. Signals count from where everything is ready."""
+    try:
+        next(steps)
+        with stop:
+            while True:
+                next(steps)
+    except StopIteration as end:
+        return end.value
+
+
 def train(
     state: TrainState,
     forward: nn.Module,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fcmae.config import CheckpointConfig, LogConfig, TrainConfig
+from fcmae.schema import CheckpointConfig, LogConfig, TrainConfig
 
 
 class BadImages(Protocol):

@@ -78,9 +78,8 @@ class RunFolder:
             held = family.held(config, settings.read_yaml(self.config), str(self.config))
             changed = settings.differences(held, settings.to_dict(config), family.free(config, self.free))
             if changed:
-                more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 raise UsageError(
-                    f"{self.path} holds another run ({'; '.join(changed[:3])}{more}); resume it with its own settings, "
+                    f"{self.path} holds another run ({settings.shown(changed)}); resume it with its own settings, "
                     f"choose another folder with out=..., or remove it"
                 )
         else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fcmae.config import TrainConfig
 from fcmae.errors import UsageError
+from fcmae.schema import TrainConfig
 
 
 @dataclass(frozen=True)
