@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from fcmae import config as settings
-from fcmae.config import setting
 from fcmae.errors import UsageError
+from fcmae.schema import setting
 
 
 @dataclass

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae import config as settings
-from fcmae.config import setting
-from fcmae.schema import CheckpointConfig, TrainConfig
+from fcmae.errors import UsageError
+from fcmae.schema import CheckpointConfig, TrainConfig, setting
 
 
 @dataclass
@@ -154,5 +153,5 @@ def image_size(config: DownstreamConfig) -> tuple[int, int]:
     value = config.model.image_size
     pair = [value, value] if isinstance(value, int) else value
     if not isinstance(pair, list) or len(pair) != 2 or not all(type(v) is int and v >= 1 for v in pair):
-        raise settings.UsageError(f"model.image_size={value} must be a whole number of pixels or [height, width]")
+        raise UsageError(f"model.image_size={value} must be a whole number of pixels or [height, width]")
     return pair[0], pair[1]
