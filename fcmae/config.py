@@ -24,8 +24,8 @@ C = TypeVar("C")
 # Settings that say where and how fast a run goes on, not what it computes: a resumed run may change them.
 FREE_KEYS = (
     "out", "resume", "device", "data.workers", "data.prefetch", "data.pin_memory", "data.max_bad_share",
-    "train.batch_size", "train.accum_steps", "train.compile", "train.max_nonfinite", "sparse.backend",
-    "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every",
+    "train.batch_size", "train.accum_steps", "train.compile", "train.sharding", "train.max_nonfinite",
+    "sparse.backend", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every",
     "log.print_every", "log.tensorboard", "log.images", "log.images_every",
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ from fcmae.masking import draw_mask, grid_size
 from fcmae.models import create_model
 from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.schema import Config
-from fcmae.train import checkpoint, checks, distributed, family, loop, optim
+from fcmae.train import checkpoint, checks, distributed, family, loop, optim, sharding
 from fcmae.train.head import describe_run, next_commands
 from fcmae.train.init import start_from
 from fcmae.train.log import Log
@@ -74,23 +74,27 @@ def steps_of(
     schedule = make_schedule(config.train, len(dataset), world.size)
     config.train.accum_steps, config.train.effective_batch = schedule.accum_steps, schedule.effective_batch
 
+    # A run that stopped in this folder goes on; nothing is written before everything has been checked.
+    folder = RunFolder(Path(config.out))
+    world.on_main(lambda: folder.check(config))
+    found, warnings = world.on_main(lambda: folder.find_checkpoint(config.resume))
+    beginning = ""
+    if found is None and config.init is not None:
+        beginning = world.main_first(lambda: start_from(model, config.init))
     model.to(world.device)
+    sharded = config.train.sharding == "full" and world.size > 1
+    if sharded:
+        sharding.shard(model, world.device)
     state = TrainState(
         model,
         optim.make_optimizer(model, config.train, world.device),
         optim.make_scaler(world.device, config.train.precision),
     )
-
-    # A run that stopped in this folder goes on; nothing is written before everything has been checked.
-    folder = RunFolder(Path(config.out))
-    world.on_main(lambda: folder.check(config))
-    found, warnings = world.on_main(lambda: folder.find_checkpoint(config.resume))
     if found is not None:
         state.restore(checkpoint.read(found), str(found), config, len(dataset))
     start = state.progress.step
-    beginning = f"going on from step {start} of {schedule.goal}" if start else ""
-    if found is None and config.init is not None:
-        beginning = world.main_first(lambda: start_from(model, config.init))
+    if start:
+        beginning = f"going on from step {start} of {schedule.goal}"
     if schedule.steps is not None and start > schedule.steps:
         raise UsageError(
             f"{found} is at step {start}, beyond this run's {schedule.steps}; raise train.epochs or train.steps"
@@ -124,17 +128,20 @@ def steps_of(
     )
     pin = config.data.pin_memory and world.device.type == "cuda"
     loader = make_loader(dataset, stream, workers, config.data.prefetch, pin_memory=pin)
-    if world.size > 1:
+    if world.size > 1 and not sharded:
         forward = DistributedDataParallel(forward, broadcast_buffers=False)  # every rank has them already
 
-    def write_checkpoint() -> None:
+    def write_checkpoint(payload: dict) -> None:
         log.sync()
         every, keep = config.checkpoint.every, config.checkpoint.keep_every
-        payload = state.payload(config, len(dataset))
         checkpoint.save(folder.checkpoints, payload, config.checkpoint.keep_last, keep and keep * every)
 
+    def save() -> None:
+        payload = state.payload(config, len(dataset))
+        world.on_main(lambda: write_checkpoint(payload))
+
     def picture() -> None:
-        if world.is_main and config.log.images:
+        if config.log.images and (world.is_main or sharded):
             draw_reconstructions(config, state, dataset, folder, log, world.device)
 
     def loss(batch: dict) -> torch.Tensor:
@@ -142,7 +149,6 @@ def steps_of(
         tiles = loop.tiles_of(batch["mask"]).to(world.device, non_blocking=world.device.type == "cuda")
         return forward(images, tiles)[0]
 
-    save = lambda: world.on_main(write_checkpoint)  # noqa: E731
     hooks = loop.Hooks(loss, save, picture, config.log.images_every, dataset.source.name)
     try:
         yield state.progress
@@ -154,9 +160,10 @@ def steps_of(
     if ended_by:
         log.say(f"signal {ended_by}: saved at step {state.progress.step}; the same command goes on from there")
         return 128 + ended_by
+    weights = sharding.whole(model.state_dict())
     if world.is_main:
         pictures.loss_curve(folder.metrics, folder.path / "loss.png", f"{config.model.name}: {config.data.source}")
-        folder.export_encoder(model)  # last: its presence tells that the run is complete
+        folder.export_encoder(weights)  # last: its presence tells that the run is complete
         if not label:
             print(next_commands(config, model, folder))
     return 0
@@ -226,6 +233,8 @@ def draw_reconstructions(config, state: TrainState, dataset, folder: RunFolder, 
     tiles = loop.tiles_of(torch.stack([item["mask"] for item in items])).to(device)
     with optim.autocast(device, config.train.precision):
         masked, filled = pictures.reconstruct(state.model, images, tiles)
+    if not log.is_main:
+        return
     label = f"step {step}; visible regions pasted in"
     if config.loss.norm_pix:
         label += f"; {pictures.TRUE_STATISTICS}"

@@ -98,6 +98,10 @@ class TrainConfig:
     clip_grad: float | None = setting(None, "largest gradient norm; null: no clipping")
     precision: str = setting("fp32", "fp32, bf16 or fp16 (autocast; fp16 with a loss scaler)")
     compile: bool = setting(False, "torch.compile the model")
+    sharding: str = setting(
+        "none",
+        "none: every rank holds the whole model (DDP); full: it is spread over the ranks (FSDP2), pretraining only",
+    )
     max_nonfinite: int = setting(20, "stop after so many steps in a row with a NaN or infinite gradient")
 
 

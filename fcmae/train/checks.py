@@ -57,6 +57,11 @@ def rules_of_training(config: RunConfig) -> list[tuple]:
     """What holds of every training run, whatever it trains: (holds, setting, what it must be)."""
     train, data, log = config.train, config.data, config.log
     return [
+        (train.sharding in ("none", "full"), "train.sharding", "none or full"),
+        (
+            train.sharding == "none" or train.precision != "fp16",
+            "train.precision", "bf16 or fp32 where train.sharding=full: the scaler of fp16 sees one rank's part",
+        ),
         (train.precision in PRECISIONS, "train.precision", f"one of {', '.join(PRECISIONS)}"),
         (train.epochs > 0, "train.epochs", "more than 0"),
         (train.steps is None or train.steps >= 1, "train.steps", "1 or more, or null"),
@@ -109,6 +114,8 @@ def check_backend(config: Config, device: torch.device) -> None:
     """Raises UsageError when `sparse.backend` is not installed, or lacks the device or the precision asked for."""
     if config.sparse.backend != MINKOWSKI:
         return
+    if config.train.sharding != "none":
+        raise UsageError("train.sharding=full: MinkowskiEngine's modules cannot be spread; use another backend")
     engine.load()
     engine.check_device(device)
     engine.check_dtype(PRECISIONS[config.train.precision] or torch.float32)

@@ -18,6 +18,7 @@ from fcmae.train import family
 from fcmae.train.distributed import World
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import Schedule
+from fcmae.train.sharding import local_count
 
 
 def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, world: World) -> str:
@@ -33,11 +34,13 @@ def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, w
     length = f"{schedule.steps} steps = {schedule.epochs:g} epochs"
     if schedule.steps is None:
         length = f"{schedule.goal} of training, over which the schedule of {schedule.epochs:g} epochs is stretched"
+    sharded = config.train.sharding == "full" and world.size > 1
     rows = {
         "fcmae": f"{fcmae.__version__}, torch {torch.__version__}",
         "device": f"{device} x {world.size}, {config.train.precision}{compiled}",
         "backend": model.describe_encoder(world.device),
         "model": f"{config.model.name}, {whole:.1f} M parameters of which the encoder {encoder:.1f} M",
+        "sharding": f"full: {local_count(model) / whole / 1e6:.0%} of the parameters on rank 0" * sharded,
         "data": f"{config.data.source}: {images} as {config.model.in_chans} x {h} x {w}",
         "mask": f"{config.mask.strategy} {model.mask_ratio:g}: {keep} of {gh} x {gw} = {gh * gw} regions of "
         f"{model.mask_unit} px stay visible",
@@ -46,7 +49,7 @@ def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, w
         "schedule": f"{length}, warm-up {schedule.warmup_epochs:g} epochs, peak lr {schedule.peak_lr:.3g}",
         "folder": str(config.out),
     }
-    return "\n".join(f"{key:>9}  {text}" for key, text in rows.items())
+    return "\n".join(f"{key:>9}  {text}" for key, text in rows.items() if text)
 
 
 def next_commands(config: Config, model: MaskedAutoencoder, folder: RunFolder) -> str:

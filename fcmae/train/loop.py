@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import time
@@ -19,6 +18,7 @@ from fcmae.train.distributed import World
 from fcmae.train.log import Log
 from fcmae.train.run_config import RunConfig
 from fcmae.train.schedule import Schedule
+from fcmae.train.sharding import gradients_exchanged
 from fcmae.train.state import Progress, TrainState
 
 
@@ -98,7 +98,6 @@ def train(
     Raises UsageError when steps stay non-finite or too many images are unreadable; the last checkpoint then stands.
     """
     optimizer, scaler, progress = state.optimizer, state.scaler, state.progress
-    without_sync = getattr(forward, "no_sync", contextlib.nullcontext)
     state.model.train()
     batches = iter(loader)
     mark = time.perf_counter()
@@ -115,7 +114,7 @@ def train(
             waited += time.perf_counter() - asked
             bad += batch["bad"]
             indices += batch["index"].tolist()
-            with without_sync() if i < schedule.accum_steps - 1 else contextlib.nullcontext():
+            with gradients_exchanged(forward, i == schedule.accum_steps - 1):
                 with optim.autocast(world.device, config.train.precision):
                     part = hooks.loss(batch) / schedule.accum_steps
                 scaler.scale(part).backward()

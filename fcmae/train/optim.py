@@ -9,6 +9,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from fcmae.schema import TrainConfig
+from fcmae.train.sharding import full
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,8 +47,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def grad_norm(model: nn.Module) -> torch.Tensor:
-    """The 2-norm of the gradient over all parameters, a scalar tensor."""
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    """The 2-norm of the gradient over all parameters, a scalar tensor. Where it is spread, every rank must ask."""
+    return full(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def clip(model: nn.Module, largest: float | None, norm: torch.Tensor) -> None:
@@ -59,6 +60,6 @@ def clip(model: nn.Module, largest: float | None, norm: torch.Tensor) -> None:
 def first_nonfinite(model: nn.Module) -> str:
     """The name of the first parameter whose gradient has a NaN or infinity."""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not full(torch.isfinite(parameter.grad).all()):
             return name
     return "none: the loss alone"

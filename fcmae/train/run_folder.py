@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from torch import nn
+from torch import Tensor
 
 from fcmae import config as settings
 from fcmae.errors import UsageError
@@ -120,6 +120,6 @@ class RunFolder:
             warnings.append(f"resume={resume} is not used: {self.path} has its own checkpoint {path.name}")
         return path, warnings
 
-    def export_encoder(self, model: nn.Module) -> None:
-        """Write `encoder.safetensors`, which timm loads as its model of the same size."""
-        write_safetensors(self.encoder, timm.from_model(model.state_dict()))
+    def export_encoder(self, weights: dict[str, Tensor]) -> None:
+        """Of a model's state dict write `encoder.safetensors`, which timm loads as its model of the same size."""
+        write_safetensors(self.encoder, timm.from_model(weights))

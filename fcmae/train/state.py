@@ -12,6 +12,7 @@ from fcmae.errors import UsageError
 from fcmae.layouts import LAYOUTS, training
 from fcmae.train import family
 from fcmae.train.run_config import RunConfig
+from fcmae.train.sharding import spread_like, spread_state, whole
 
 
 @dataclass
@@ -40,13 +41,16 @@ class TrainState:
     notes: dict = field(default_factory=dict)
 
     def payload(self, config: RunConfig, dataset_size: int) -> dict:
-        """A checkpoint's content: tensors and plain data only, so that reading it never runs code."""
+        """A checkpoint's content: tensors and plain data only, so that reading it never runs code.
+
+        Every rank must ask: what is spread over them is gathered.
+        """
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return {
             "config": settings.to_dict(config),
             "dataset_size": dataset_size,
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(dict(self.model.state_dict())),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
             **({} if self.ema is None else {"ema": dict(self.ema.state_dict())}),
@@ -68,8 +72,8 @@ class TrainState:
         free: settings that may differ. source: the setting that names the images. Raises UsageError when it belongs to
         another model, other settings or other images.
         """
-        held = family.held(config, payload["config"], where)
-        changed = settings.differences(held, settings.to_dict(config), family.free(config, free))
+        given = family.held(config, payload["config"], where)
+        changed = settings.differences(given, settings.to_dict(config), family.free(config, free))
         if changed:
             what = "model" if changed[0].startswith("model.") else "run"
             raise UsageError(
@@ -84,8 +88,11 @@ class TrainState:
         own = minkowski.recognises(self.model.state_dict())
         if own != minkowski.recognises(payload["model"]):
             payload = training.translate(payload, minkowski.from_fcmae if own else minkowski.to_fcmae)
-        self.model.load_state_dict(payload["model"], strict=True)
-        self.optimizer.load_state_dict(training.in_order_of(payload["optimizer"], self.optimizer.state_dict()))
+        held = self.model.state_dict()
+        weights = {key: spread_like(x, held[key]) if key in held else x for key, x in payload["model"].items()}
+        self.model.load_state_dict(weights, strict=True)
+        optimizer = training.in_order_of(payload["optimizer"], self.optimizer.state_dict())
+        self.optimizer.load_state_dict(spread_state(optimizer, self.optimizer))
         self.scaler.load_state_dict(payload["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(payload["ema"], strict=True)

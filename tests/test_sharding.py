@@ -1,0 +1,83 @@
+"""A model spread over two ranks trains as one that both hold, and its checkpoints are those of any run."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import close
+from small_runs import CONFIG, final_state, make_pictures, metrics, run
+
+MODELS = {
+    "fcmae": CONFIG,
+    "mae": CONFIG.replace(
+        "name: fcmae_convnextv2_atto, image_size: 64, depths: [1, 1, 1, 1], dims: [8, 12, 16, 24], decoder_dim: 16",
+        "name: mae_vit_tiny_patch16, image_size: 64, dim: 24, depth: 2, heads: 2, decoder_dim: 16, decoder_depth: 1, "
+        "decoder_heads: 2",
+    ),
+}
+STEPS = 12
+
+
+@pytest.fixture(scope="module", params=["fcmae", pytest.param("mae", marks=pytest.mark.slow)])
+def place(request, tmp_path_factory):
+    """Both runs, of two ranks that accumulate, clip and draw."""
+    folder = tmp_path_factory.mktemp(request.param)
+    make_pictures(folder / "pictures")
+    text = MODELS[request.param].replace("steps: 60, batch_size: 8", f"steps: {STEPS}, batch_size: 2, clip_grad: 0.5")
+    (folder / "config.yaml").write_text(text)
+    train(folder, "replicated", processes=2)
+    said = train(folder, "sharded", "train.sharding=full", "log.images=2", processes=2)
+    assert re.search(r"sharding  full: 5[0-5]% of the parameters on rank 0", said)
+    return folder
+
+
+def train(place, name, *overrides, processes=1):
+    """A run in place/name, with a checkpoint in its middle; what it said."""
+    done = run(
+        place / "config.yaml", f"data.source={place / 'pictures'}", f"out={place / name}", "train.effective_batch=8",
+        f"checkpoint.every={STEPS // 2}", *overrides, processes=processes,
+    )  # fmt: skip
+    return done.stdout
+
+
+def assert_follows(place, name, other, steps):
+    """The same losses, gradients and weights to 1e-5."""
+    ours, theirs = metrics(place / name), metrics(place / other)[-steps:]
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] and len(ours) == steps
+    for key in ("loss", "grad_norm"):
+        close(torch.tensor([r[key] for r in ours]), torch.tensor([r[key] for r in theirs]), 1e-5)
+    state, expected = final_state(place / name), final_state(place / other)
+    # Of all at once: gradients that are nothing but rounding, such as of a key's bias, are as large as others to Adam.
+    for kind in ("model", "exp_avg", "exp_avg_sq"):
+        close(flat(state, kind), flat(expected, kind), 1e-5)
+
+
+def flat(state, kind):
+    """All tensors of the model, or of one of the optimizer's moments, in one."""
+    held = state["optimizer"]["state"]
+    tensors = state["model"].values() if kind == "model" else [held[index][kind] for index in sorted(held)]
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def test_sharded_follows_replicated(place):
+    assert_follows(place, "sharded", "replicated", STEPS)
+    ours, theirs = (load_file(place / name / "encoder.safetensors") for name in ("sharded", "replicated"))
+    assert ours.keys() == theirs.keys()
+    assert list((place / "sharded" / "reconstructions").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_checkpoint_of_a_sharded_run_goes_on_in_one_process(place):
+    held = f"resume={place}/sharded/checkpoints/step_{STEPS // 2:09d}.pt"
+    train(place, "one", held)
+    assert_follows(place, "one", "replicated", STEPS // 2)
+
+
+@pytest.mark.slow
+def test_checkpoint_of_one_process_goes_on_sharded(place):
+    train(place, "alone")
+    held = f"resume={place}/alone/checkpoints/step_{STEPS // 2:09d}.pt"
+    train(place, "spread", held, "train.sharding=full", processes=2)
+    assert_follows(place, "spread", "replicated", STEPS // 2)
