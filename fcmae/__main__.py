@@ -7,6 +7,8 @@ COMMANDS = {
     "fcmae.finetune": "a classifier from pretrained weights: CONFIG.yaml [key=value ...] [--eval]; --table RUN ...",
     "fcmae.probe": "how good frozen features are: CONFIG.yaml --mode linear, partial or knn [key=value ...]",
     "fcmae.compare": "pretrain models on the same images, crops and masks, and report: CONFIG.yaml [key=value ...]",
+    "fcmae.visualize": "reconstructions at several mask ratios, as pictures and one page: RUN ... --out DIR",
+    "fcmae.analyze": "look inside encoders: RUN_OR_WEIGHTS ... --what cosine-distance, activations, ... --out DIR",
     "fcmae.convert": "weights from one layout to another: SRC DST --to timm, hf, onnx, official, ...",
 }
 

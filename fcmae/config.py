@@ -27,6 +27,7 @@ FREE_KEYS = (
     "train.batch_size", "train.accum_steps", "train.compile", "train.sharding", "train.max_nonfinite",
     "sparse.backend", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every",
     "log.print_every", "log.tensorboard", "log.images", "log.images_every",
+    "log.collapse_every",
 )  # fmt: skip
 
 # What a run branched off another one's checkpoint (resume=FILE out=NEW) may change besides.

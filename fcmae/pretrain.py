@@ -16,6 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fcmae import pictures
+from fcmae.analysis.collapse import CollapseWatch
 from fcmae.cli import run_command
 from fcmae.data import MaskedImages, SampleStream, make_loader, open_source
 from fcmae.data.transforms import make_transform, stats
@@ -149,13 +150,22 @@ def steps_of(
         tiles = loop.tiles_of(batch["mask"]).to(world.device, non_blocking=world.device.type == "cuda")
         return forward(images, tiles)[0]
 
-    hooks = loop.Hooks(loss, save, picture, config.log.images_every, dataset.source.name)
+    watch = CollapseWatch(config, state, dataset, folder, log, world.device)
+
+    def begin(step: int) -> None:
+        if world.is_main or sharded:
+            watch(step)
+
+    hooks = loop.Hooks(loss, save, picture, config.log.images_every, dataset.source.name, begin)
     try:
         yield state.progress
         ended_by = yield from loop.train(
             state, forward, loader, schedule, config, world, log, hooks, stop, in_turn=bool(label)
         )
+        if not ended_by:
+            begin(state.progress.step)  # what the last step left
     finally:
+        watch.close()
         log.close()
     if ended_by:
         log.say(f"signal {ended_by}: saved at step {state.progress.step}; the same command goes on from there")

@@ -119,6 +119,9 @@ class LogConfig:
     tensorboard: bool = setting(True, "write TensorBoard events")
     images: int = setting(6, "images on a reconstruction picture; 0: no pictures")
     images_every: float = setting(1, "epochs between reconstruction pictures")
+    collapse_every: int = setting(
+        500, "optimizer steps between measurements of collapse: cosine distance and dead channels; 0: none"
+    )
 
 
 @dataclass

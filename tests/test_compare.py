@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fcmae import config as settings
+from fcmae.analysis.cosine_distance import cosine_distance
 from fcmae.compare import main
-from fcmae.comparison import channels, report
+from fcmae.comparison import report
 from fcmae.comparison.settings import arms_of
 from fcmae.downstream import representation
 from fcmae.downstream.labelled import CentreCrops, open_labelled
@@ -201,7 +202,7 @@ def test_the_report_s_representations_recomputed(place, done):
                 model.encode(torch.stack([dataset[(0, i)]["image"] for i in chosen]))
             maps = kept[0].flatten(1, 2) if name == "convnext" else kept[0][:, 1:]
             layers = reported["cosine_distance"]["layers"]
-            close(torch.tensor(layers[0]["distance"]), channels.cosine_distance(maps).mean(), 1e-6)
+            close(torch.tensor(layers[0]["distance"]), cosine_distance(maps).mean(), 1e-6)
             assert [layer["layer"] for layer in layers] == (
                 ["stage 1 block 1", "stage 2 block 1", "stage 3 block 1", "stage 3 block 2", "stage 4 block 1"]
                 if name == "convnext"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fcmae import config as settings
+from fcmae.analysis.cosine_distance import cosine_distance
 from fcmae.compare import main
-from fcmae.comparison import channels, measure
+from fcmae.comparison import measure
 from fcmae.comparison.memory import peak_memory
 from fcmae.comparison.settings import CompareConfig, arms_of
 from fcmae.downstream import representation
@@ -112,7 +113,7 @@ def test_accuracy_and_its_error():
 def test_cosine_distance_against_a_double_loop():
     x = torch.randn(3, 10, 6, dtype=torch.float64)
     x[1, :, 2] = 0
-    for image, found in zip(x, channels.cosine_distance(x), strict=True):
+    for image, found in zip(x, cosine_distance(x), strict=True):
         total = 0.0
         for i in range(6):
             for j in range(6):

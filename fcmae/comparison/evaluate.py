@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from fcmae import config as settings
 from fcmae import pictures
+from fcmae.analysis.blocks import dense
+from fcmae.analysis.cosine_distance import cosine_distances
 from fcmae.comparison import measure
-from fcmae.comparison.channels import cosine_distances, dense
 from fcmae.comparison.memory import peak_memory
 from fcmae.comparison.settings import CompareConfig
 from fcmae.data import MaskedImages
@@ -189,7 +190,7 @@ def _representations(
     found: dict = {name: {} for name in models}
     print("encoding whole images", flush=True)
     for (name, state), model in each.items():
-        layers = cosine_distances(model, images, e.batch_size)
+        layers = cosine_distances(model, images.split(e.batch_size))
         mean = statistics.fmean(layer["distance"] for layer in layers)
         found[name][state] = {"cosine_distance": {"mean": mean, "images": len(chosen), "layers": layers}}
     if labelled is None:

@@ -50,7 +50,7 @@ def find_start(config: DownstreamConfig) -> Start:
     if config.init is None and (config.resume is None or config.model.name is not None):
         return _random(config)
     source = config.init or config.resume  # whose weights a checkpoint brings itself; this tells the model
-    path = _file_of(Path(source))
+    path = best_file(Path(source))
     weights = read_weights(path)
     spec, name = weights.spec, config.model.name
     if name is not None:
@@ -135,7 +135,7 @@ def _positions(start: Start, grid: tuple[int, int], config: DownstreamConfig) ->
     return found if old == grid else resampled(found, old, grid)
 
 
-def _file_of(path: Path) -> Path:
+def best_file(path: Path) -> Path:
     """The best weights of a fine-tuned run's folder; otherwise the path itself."""
     best = path / "best.safetensors"
     if path.is_dir() and RunFolder(path).validation.is_file():

@@ -48,6 +48,7 @@ def check(config: Config) -> None:
         *rules_of_training(config),
         (log.images >= 0, "log.images", "0 or more"),
         (log.images_every > 0, "log.images_every", "more than 0"),
+        (log.collapse_every >= 0, "log.collapse_every", "0 or more"),
     ]  # fmt: skip
     hold(config, rules)
     family.check(config)

@@ -1,6 +1,6 @@
 """A run's folder: whose it is, how a run goes on in it, and what it leaves for its users.
 
-config.yaml  metrics.jsonl  times.jsonl  tensorboard/  checkpoints/  reconstructions/*.png  loss.png
+config.yaml  metrics.jsonl  times.jsonl  collapse.jsonl  tensorboard/  checkpoints/  reconstructions/*.png  loss.png
 encoder.safetensors
 """
 
@@ -20,7 +20,10 @@ from fcmae.train.lock import locked
 from fcmae.train.run_config import RunConfig
 from fcmae.weights import write_safetensors
 
-_ARTIFACTS = ("metrics.jsonl", "times.jsonl", "tensorboard", "checkpoints", "reconstructions", "encoder.safetensors")
+_ARTIFACTS = (
+    *("metrics.jsonl", "times.jsonl", "collapse.jsonl", "tensorboard"),
+    *("checkpoints", "reconstructions", "encoder.safetensors"),
+)
 _LABELLED = ("validation.jsonl", "last.safetensors", "results.json", "classes.txt", "features")
 
 
@@ -46,6 +49,11 @@ class RunFolder:
     def times(self) -> Path:
         """One JSON object per logged step: what it took, which no repeated run repeats."""
         return self.path / "times.jsonl"
+
+    @property
+    def collapse(self) -> Path:
+        """One JSON object per measurement of how alike channels are, and of how many are dead."""
+        return self.path / "collapse.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,6 +32,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
                 if not any(isinstance(child, nn.ModuleList) for child in block.modules()):
                     fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "encode")  # gathers, as `forward` does
 
 
 def local_count(model: nn.Module) -> int:
