@@ -13,7 +13,16 @@ from types import ModuleType
 
 import torch
 
-from fcmae.analysis import activations, attention_distance, cosine_distance
+from fcmae.analysis import (
+    activations,
+    attention_distance,
+    cka,
+    cosine_distance,
+    filters,
+    mask_sensitivity,
+    position_similarity,
+    receptive_field,
+)
 from fcmae.analysis.images import Images, read_images
 from fcmae.analysis.results import check_out, write
 from fcmae.analysis.subjects import Subject, open_subjects
@@ -26,6 +35,11 @@ WHATS: dict[str, ModuleType] = {
     "cosine-distance": cosine_distance,
     "activations": activations,
     "attention-distance": attention_distance,
+    "position-similarity": position_similarity,
+    "filters": filters,
+    "receptive-field": receptive_field,
+    "mask-sensitivity": mask_sensitivity,
+    "cka": cka,
 }
 EPILOG = """RUN_OR_WEIGHTS is a run's folder or checkpoint, the folder of a comparison (its arms), any file that
 fcmae.convert reads, or timm:NAME with timm's pretrained weights (HF_HUB_OFFLINE=1 looks in the local cache alone).
@@ -96,8 +110,9 @@ def analyze(given: argparse.Namespace, say: Callable[[str], None]) -> None:
             "settings": {key: value for key, value in vars(given).items() if key in ("count", "batch_size", "seed")}
             | {"device": str(device)},
             "images": images.about(),
-            "subjects": {s.label: s.about() | {"result": results.get(s.label)} for s in able},
+            "subjects": {subject.label: subject.about() for subject in able},
             "left_out": left_out,
+            "results": results,
         }
         say(f"  look: {write(given.out, what, report, WHATS[what].draw(results))}")
 
@@ -107,13 +122,19 @@ def plan(what: str, subjects: list[Subject]) -> tuple[list[Subject], dict[str, s
     reasons = {subject.label: WHATS[what].refusal(subject) for subject in subjects}
     left_out = {label: reason for label, reason in reasons.items() if reason}
     able = [subject for subject in subjects if subject.label not in left_out]
+    if hasattr(WHATS[what], "PAIRS") and len(able) > 2:
+        raise UsageError(f"--what {what} compares two subjects, or one with itself; there are {len(able)}")
     if not able:
         raise UsageError(f"--what {what}: {'; '.join(f'{label}: {reason}' for label, reason in left_out.items())}")
     return able, left_out
 
 
 def measured(module: ModuleType, able: list[Subject], images: Images, given: argparse.Namespace) -> dict[str, dict]:
-    """What the module finds in each subject."""
+    """What the module finds in each subject, or of a module of pairs in the two, or in the one held against itself."""
+    if hasattr(module, "PAIRS"):
+        first, second = able[0], able[-1]
+        both = images.tensors[first.label], images.tensors[second.label]
+        return {f"{first.label} and {second.label}": module.measure(first, second, both, given)}
     return {subject.label: module.measure(subject, images.tensors[subject.label], given) for subject in able}
 
 
