@@ -14,6 +14,7 @@ from fcmae.analysis import style
 from fcmae.analysis.blocks import encode, rows
 from fcmae.analysis.subjects import Subject
 from fcmae.masking import draw_mask, grid_size
+from fcmae.models.fcmae import FCMAE
 from fcmae.models.mae import MAE
 from fcmae.train.loop import tiles_of
 
@@ -21,19 +22,20 @@ RATIO = 0.6  # of the masked encoder's regions
 SHARES = (0.5, 0.95)  # of the whole that the radii hold
 
 
-def influence(network: nn.Module, images: Tensor, mask: Tensor | None = None) -> Tensor:
+def influence(network: nn.Module, images: Tensor, mask: Tensor | None = None, batch_size: int = 16) -> Tensor:
     """The mean over images of |d y / d x|, summed over image channels, (H, W) float64 on the CPU.
 
     y: the sum over channels of the encoder's output at the centre, of a ViT's at the centre patch. images: (B, C, H,
-    W). mask: (gh, gw) bool, True = masked, of all images and a MaskedAutoencoder; the centre must be visible.
+    W), none of which may touch another's output. mask: (gh, gw) bool, True = masked, of all images and a
+    MaskedAutoencoder; the centre must be visible.
     """
     total = torch.zeros(images.shape[-2:], dtype=torch.float64)
-    for image in images.split(1):
-        x = image.clone().requires_grad_()
+    for part in images.split(batch_size):
+        x = part.clone().requires_grad_()
         with torch.enable_grad():
             if mask is None:
-                output = rows(network, encode(network, x))
-                at = _centre(output.shape[1], tuple(image.shape[-2:]))
+                output = _by_position(network, encode(network, x))
+                at = _centre(output.shape[1], tuple(x.shape[-2:]))
             else:
                 output, at = _sparse(network, x, mask)
             [gradient] = torch.autograd.grad(output[:, at].sum(), x)
@@ -74,10 +76,10 @@ def open_mask(grid: tuple[int, int], ratio: float, seed: int, size: tuple[int, i
 
 
 def _sparse(network, x: Tensor, mask: Tensor) -> tuple[Tensor, int]:
-    """The encoder's output on the visible regions as (1, P, C), and which of its positions is the centre."""
+    """The encoder's output on the visible regions as (B, P, C), and which of its positions is the centre."""
     size = tuple(x.shape[-2:])
-    tiles = tiles_of(mask[None]).to(x.device)
-    output = rows(network, network.encode(x, tiles)) if isinstance(network, MAE) else _map(network.encode(x, tiles))
+    tiles = tiles_of(mask.expand(len(x), -1, -1)).to(x.device)
+    output = _by_position(network, network.encode(x, tiles))
     if not isinstance(network, MAE) or network.encoder_mask_tokens:
         return output, _centre(output.shape[1], size)
     side = network.patch_size
@@ -86,9 +88,9 @@ def _sparse(network, x: Tensor, mask: Tensor) -> tuple[Tensor, int]:
     return output, int(kept.flatten()[:at].sum())
 
 
-def _map(features: Tensor) -> Tensor:
-    """(B, C, h, w), as `FCMAE.encode` gives it, as (B, h * w, C)."""
-    return features.flatten(2).transpose(1, 2)
+def _by_position(network: nn.Module, features: Tensor) -> Tensor:
+    """What `encode` gives as (B, P, C); FCMAE's is a map (B, C, h, w), unlike what its blocks put out."""
+    return features.flatten(2).transpose(1, 2) if isinstance(network, FCMAE) else rows(network, features)
 
 
 def _grid(positions: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -112,15 +114,15 @@ def measure(subject: Subject, images: Tensor, settings) -> dict:
     that hold half and 95 % of it."""
     size, images = subject.image_size, images.to(subject.device)
     with torch.no_grad():
-        positions = _positions(subject, images[:1])
+        positions = _by_position(subject.network, encode(subject.network, images[:1])).shape[1]
     centre = centre_of(_centre(positions, size), _grid(positions, size), size)
-    found = {"dense": influence(subject.network, images)}
+    found = {"dense": influence(subject.network, images, None, settings.batch_size)}
     mask = None
     if subject.autoencoder is not None:
         grid = grid_size(size, subject.autoencoder.mask_unit)
         if 0 < int(grid[0] * grid[1] * (1 - RATIO)) < grid[0] * grid[1]:
             mask = open_mask(grid, RATIO, settings.seed, size, positions)
-            found["sparse"] = influence(subject.network, images, mask)
+            found["sparse"] = influence(subject.network, images, mask, settings.batch_size)
     return {
         "centre": list(centre),
         "mask": None if mask is None else {"ratio": RATIO, "hidden": mask.int().tolist()},
@@ -130,13 +132,6 @@ def measure(subject: Subject, images: Tensor, settings) -> dict:
             for name, field in found.items()
         },
     }
-
-
-def _positions(subject: Subject, image: Tensor) -> int:
-    output = encode(subject.network, image)
-    if isinstance(subject.autoencoder, nn.Module) and output.ndim == 4:
-        return output.shape[2] * output.shape[3]
-    return rows(subject.network, output).shape[1]
 
 
 def _rounded(field: Tensor) -> list[list[float]]:
