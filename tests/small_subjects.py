@@ -19,13 +19,14 @@ from small_runs import make_pictures
 
 CONFIGS = {
     "convnext": "{name: fcmae_convnextv2_atto, depths: [1, 1, 2, 1], dims: [8, 12, 16, 24], decoder_dim: 16}",
-    "vit": "{name: mae_vit_tiny_patch16, dim: 32, depth: 3, heads: 2, decoder_dim: 32, decoder_depth: 1, decoder_heads: 2}",
+    "vit": "{name: mae_vit_tiny_patch16, dim: 32, depth: 3, heads: 2, decoder_dim: 32, decoder_depth: 1, "
+    "decoder_heads: 2}",
 }
 MORE = "\nmask: {unit: 32, ratio: 0.5}\nloss: {norm_window: 32}\n"
 
 
 def make_run(folder: Path, kind: str, images: Path, edit=None, size: int = 64, seed: int = 0) -> Path:
-    """A run's folder as training leaves it, with weights of any value; edit: called with the model before it is saved."""
+    """A run's folder as training leaves it, with weights of any value; edit: called with the model before."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "given.yaml").write_text(f"model: {CONFIGS[kind]}{MORE}")
     config = settings.load(
@@ -43,15 +44,14 @@ def make_run(folder: Path, kind: str, images: Path, edit=None, size: int = 64, s
 
 
 def make_images(folder: Path) -> Path:
-    """all/: photographs; one/: a single one; grey/: some of one channel; mixed/: with broken ones; broken/: only such."""
+    """all/: photographs; one/: a single one; mixed/: three, two grey ones and two broken; broken/: only such."""
     every = sorted(make_pictures(folder / "all", 10).iterdir())
-    for name in ("one", "grey", "mixed", "broken"):
+    for name in ("one", "mixed", "broken"):
         (folder / name).mkdir()
     (folder / "one" / "only.png").write_bytes(every[0].read_bytes())
     for i, path in enumerate(every[:5]):
         with Image.open(path) as image:
-            image.convert("L").save(folder / "grey" / f"{i}.png")
-        (folder / "mixed" / path.name).write_bytes(path.read_bytes())
+            image.convert("L" if i in (1, 3) else "RGB").save(folder / "mixed" / path.name)
     for name in ("mixed", "broken"):
         (folder / name / "torn.png").write_bytes(every[0].read_bytes()[:200])
         (folder / name / "empty.jpg").write_bytes(b"")

@@ -15,6 +15,7 @@ from fcmae.files import aside, write_whole
 
 FORMAT = "fcmae-analysis-1"
 EVENTS = "events.out.tfevents."
+SAVING = {"format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
 
 
 def check_out(out: Path, whats: list[str]) -> None:
@@ -44,7 +45,7 @@ def write(out: Path, what: str, report: dict, figure) -> Path:
     except OSError as error:
         raise UsageError(f"cannot write into --out {out}: {error.strerror}; choose another folder") from None
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.1)
+    figure.savefig(buffer, **SAVING)
     text = json.dumps({"format": FORMAT, "what": what, **report}, indent=1, allow_nan=False)
     text = re.sub(r"\[[-+\d.e,\s]+\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers is a line
     write_whole(path, lambda file: file.write(text.encode()))
