@@ -120,7 +120,7 @@ class LogConfig:
     images: int = setting(6, "images on a reconstruction picture; 0: no pictures")
     images_every: float = setting(1, "epochs between reconstruction pictures")
     collapse_every: int = setting(
-        500, "optimizer steps between measurements of collapse: cosine distance and dead channels; 0: none"
+        500, "optimizer steps between measurements of collapse (channels alike or dead); 0: none; not with minkowski"
     )
 
 

@@ -6,7 +6,9 @@ touched: no random number is drawn, no gradient taken, and the model is left in 
 
 from __future__ import annotations
 
+import math
 import statistics
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ class CollapseWatch:
             row = measure(self.state.model, self.images.to(self.device), self.batch)
         if self.file is None:
             return
-        self.file.write({"step": step, **row})
+        self.file.write({"step": step, **_finite(row)})
         self.file.sync()
         self.log.scalars({f"collapse/{key}": x for key, x in row.items() if isinstance(x, float)}, step)
         what = collapsed(row)
@@ -106,6 +108,15 @@ def measure(model: MaskedAutoencoder, images: Tensor, batch: int) -> dict:
             for layer, share in zip(layers, dead, strict=True)
         ],
     }
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has no word for, of features that overflowed."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def collapsed(row: dict) -> str | None:

@@ -39,7 +39,7 @@ def influence(network: nn.Module, images: Tensor, mask: Tensor | None = None, ba
             else:
                 output, at = _sparse(network, x, mask)
             [gradient] = torch.autograd.grad(output[:, at].sum(), x)
-        total += gradient.abs().sum((0, 1)).double().cpu()
+        total += gradient.abs().sum((0, 1)).cpu().double()  # not every device has float64
     return total / len(images)
 
 

@@ -173,11 +173,10 @@ def _timm(
 
     if not timm.is_model(name):
         raise UsageError(f"timm has no model {name!r}{nearest(name.split('.')[0], timm.list_models())}")
-    sized = {"img_size": size} if size and name.startswith(("vit_", "deit", "beit", "swin", "eva")) else {}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed or 0)
-            network = timm.create_model(name, pretrained=seed is None, **sized)
+            network = timm.create_model(name, pretrained=seed is None)
     except Exception as error:  # of a missing network, file or entry each library raises its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UsageError(
@@ -187,6 +186,10 @@ def _timm(
     chans, *pixels = told.get("input_size", (3, *SIZE))
     mean, std = stats(chans, told.get("mean"), told.get("std"))
     text = f"timm's {name}, {'random weights' if seed is not None else told.get('tag') or 'pretrained'}"
+    if size and hasattr(network, "set_input_size"):  # of ViTs and their like, whose positions are resampled
+        for side in getattr(getattr(network, "patch_embed", None), "patch_size", ()):
+            grid_size(size, side)
+        network.set_input_size(img_size=size)
     return Subject(label, source, text, network.to(device).eval(), size or tuple(pixels), chans, mean, std, device)
 
 
