@@ -51,12 +51,16 @@ def places(shot: np.ndarray, picture: np.ndarray, tolerance: int = 0) -> list[tu
     tops, lefts = shot.shape[0] - h + 1, shot.shape[1] - w + 1
     if tops < 1 or lefts < 1:
         return []
+    rows, columns = np.indices((tops, lefts)).reshape(2, -1)
     # Some points of the picture tell nearly every place where it is not.
-    points = np.random.default_rng(0).integers((h, w), size=(48, 2))
-    apart = sum(np.abs(ours[y : y + tops, x : x + lefts] - theirs[y, x]).mean(-1) for y, x in points) / len(points)
+    points, apart = np.random.default_rng(0).integers((h, w), size=(48, 2)), 0.0
+    for y, x in points:
+        apart = apart + np.abs(ours[rows + y, columns + x] - theirs[y, x]).mean(-1)
+        likely = apart <= 2 * tolerance * len(points)
+        rows, columns, apart = rows[likely], columns[likely], apart[likely]
     return [
         (int(top), int(left))
-        for top, left in np.argwhere(apart <= 2 * tolerance)
+        for top, left in zip(rows, columns, strict=True)
         if np.abs(ours[top : top + h, left : left + w] - theirs).mean() <= tolerance
     ]
 

@@ -17,7 +17,7 @@ CONFIG = """
 model: {name: fcmae_convnextv2_atto, image_size: 64, depths: [1, 1, 1, 1], dims: [8, 12, 16, 24], decoder_dim: 16}
 train: {steps: 60, batch_size: 8, warmup_epochs: 1, lr: 1.0e-3}
 data: {workers: 0}
-log: {tensorboard: false, images: 0, print_every: 1}
+log: {tensorboard: false, images: 0, print_every: 1, collapse_every: 7}
 device: cpu
 """
 
@@ -86,7 +86,10 @@ def assert_same(a, b, where: str = "") -> None:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Two finished runs agree bit for bit: metrics, exported encoder, and every part of the last checkpoint."""
+    """Two finished runs agree bit for bit: metrics, what was measured of collapse where both did, exported encoder, and
+    every part of the last checkpoint."""
+    if all((run / "collapse.jsonl").exists() for run in (a, b)):
+        assert (a / "collapse.jsonl").read_bytes() == (b / "collapse.jsonl").read_bytes()
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     assert (a / "encoder.safetensors").read_bytes() == (b / "encoder.safetensors").read_bytes()
     one, two = final_state(a), final_state(b)

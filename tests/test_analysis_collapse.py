@@ -61,7 +61,8 @@ def test_watching_changes_nothing_of_training_and_is_what_a_new_measurement_find
     assert [layer["dead_share"] for layer in again["layers"]] == [at["dead_share"] for at in found[-1]["layers"]]
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/test_resume.py has it too, for runs that are stopped and for a damaged checkpoint
+@pytest.mark.parametrize("every", [3, 5])
 def test_killed_and_resumed_it_is_the_same_file(place, every):
     """Killed after a checkpoint and a measurement that follow it, or with measurements that are done again."""
     out, overrides = place / f"killed{every}", ("log.collapse_every=1", f"checkpoint.every={every}")

@@ -22,6 +22,7 @@ def whole(tmp_path_factory):
     config.write_text(CONFIG)
     settings = [f"data.source={make_pictures(folder / 'pictures')}", "checkpoint.every=3"]
     run(config, *settings, f"out={folder / 'whole'}")
+    assert (folder / "whole" / "collapse.jsonl").read_text().count("\n") == 9  # after 0, 7, ..., 56 steps of 60
     return folder, config, settings
 
 
