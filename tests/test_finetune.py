@@ -146,9 +146,9 @@ def test_low_precision_follows_fp32(place, single, tmp_path, precision):
 
 @pytest.mark.slow
 def test_compiled_follows_eager(place, single, tmp_path):
-    assert main(arguments(place, tmp_path / "c", *PLAIN, "train.compile=true", "train.steps=4")) == 0
+    assert main(arguments(place, tmp_path / "c", *PLAIN, "train.compile=true")) == 0
     losses = [r["loss"] for r in metrics(tmp_path / "c")]
-    assert losses == pytest.approx([r["loss"] for r in metrics(single)[:4]], rel=1e-3)
+    assert losses == pytest.approx([r["loss"] for r in metrics(single)], rel=1e-3)
 
 
 def test_eval_repeats_a_run_s_best(place, whole, tmp_path, capsys):
