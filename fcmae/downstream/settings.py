@@ -56,7 +56,7 @@ class DownstreamTrain(TrainConfig):
     optimizer: str = setting("adamw", "adamw or lars")
     layer_decay: float | None = setting(None, "lr of a layer = lr * this ** (layers above it); null: the same for all")
     layer_decay_scheme: str | None = setting(
-        None, "block: a layer is a block; group: three blocks, of ConvNets; null: as published for such depths"
+        None, "block: a layer is a block; group: three blocks, of ConvNets; null: as published for such sizes"
     )
     label_smoothing: float = setting(0.0, "share of a label that is spread over all classes")
 
