@@ -24,6 +24,14 @@ configs=$(dirname "$0")/../configs
 small() { echo $(($1 < $2 ? $1 : $2)); }
 warm() { "$python" -c "print($1 / 10)"; }  # a tenth of the epochs
 
+settings="epochs $epochs, fine-tuning $tuned, probe $probed, $size px, batch $batch, data $data $*"
+mkdir -p "$out"
+if [ -f "$out/settings" ] && [ "$(cat "$out/settings")" != "$settings" ]; then
+    echo "$out holds runs of other settings ($(cat "$out/settings")); choose another OUT" >&2
+    exit 2
+fi
+echo "$settings" > "$out/settings"
+
 labelled=("data.train=$data/train" "data.val=$data/val" "model.image_size=$size" "$@")
 
 run() {  # run FOLDER FILE COMMAND...: unless FILE tells that it is finished
