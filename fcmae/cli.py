@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 
 from fcmae import config as settings
 from fcmae.errors import UsageError
 from fcmae.train.place import find_place, rank_label
+
+
+def interpreter() -> str:
+    """How to name this Python on a command line."""
+    on_path = shutil.which("python")
+    return "python" if on_path and os.path.samefile(on_path, sys.executable) else os.path.relpath(sys.executable)
 
 
 def run_command(command: str, schema: type, run: Callable[..., int], argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from fcmae import config as settings
 from fcmae import pictures
 from fcmae.cli import run_command
 from fcmae.data import MaskedImages, SampleStream, make_loader, open_source
@@ -171,7 +172,9 @@ def steps_of(
 
 def build_model(config: Config) -> MaskedAutoencoder:
     """The model a configuration names. Raises UsageError for an unknown name or values that do not fit."""
-    return create_model(config.model.name, image_size=image_size(config), **family.arguments(config))
+    return create_model(
+        config.model.name, image_size=settings.sides(config.model.image_size), **family.arguments(config)
+    )
 
 
 def build_dataset(config: Config, model: MaskedAutoencoder) -> MaskedImages:
@@ -195,15 +198,6 @@ def build_dataset(config: Config, model: MaskedAutoencoder) -> MaskedImages:
     )
     dataset[(0, 0)]  # a source of which nothing can be read is refused now, not in the middle of a run
     return dataset
-
-
-def image_size(config: Config) -> tuple[int, int]:
-    """(H, W) in pixels. Raises UsageError unless model.image_size is one whole number or two."""
-    value = config.model.image_size
-    pair = [value, value] if isinstance(value, int) else value
-    if not isinstance(pair, list) or len(pair) != 2 or not all(type(v) is int for v in pair):
-        raise UsageError(f"model.image_size={value} must be a whole number of pixels or [height, width]")
-    return pair[0], pair[1]
 
 
 def worker_count(wanted: int) -> int:

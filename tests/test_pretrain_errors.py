@@ -63,7 +63,7 @@ CASES = [  # override, words of the message
     ("train.epochs=.inf train.steps=null", ["train.epochs=inf", "finite"]),
     ("data.source=sample model.in_chans=13", ["32 images in a row", "in_chans=13"]),
     ("mask.ratio=1.0e-17", ["masks none of the 4 regions"]),
-    ("model.image_size=-32", ["smallest is 32"]),
+    ("model.image_size=-32", ["whole number of pixels"]),
     ("train.accum_steps=2", ["batch of 16", "dataset of 12"]),
     ("train.effective_batch=12", ["effective_batch=12", "8 x 1"]),
     ("train.warmup_epochs=9", ["warmup_epochs=9"]),

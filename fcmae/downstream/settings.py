@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae.errors import UsageError
+from fcmae import config as settings
 from fcmae.schema import CheckpointConfig, TrainConfig, setting
 
 
@@ -168,8 +168,4 @@ def crop_pct(config: DownstreamConfig, size: tuple[int, int]) -> float:
 
 def image_size(config: DownstreamConfig) -> tuple[int, int]:
     """(H, W) in pixels. Raises UsageError unless model.image_size is one whole number or two."""
-    value = 224 if config.model.image_size is None else config.model.image_size
-    pair = [value, value] if isinstance(value, int) else value
-    if not isinstance(pair, list) or len(pair) != 2 or not all(type(v) is int and v >= 1 for v in pair):
-        raise UsageError(f"model.image_size={value} must be a whole number of pixels or [height, width]")
-    return pair[0], pair[1]
+    return settings.sides(224 if config.model.image_size is None else config.model.image_size)
