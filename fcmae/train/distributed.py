@@ -64,11 +64,11 @@ class World:
             try:
                 outcome[0] = work()
             except (UsageError, OSError) as error:
-                outcome[1] = str(error)
+                outcome[1] = error if isinstance(error, UsageError) else UsageError(str(error))
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise UsageError(outcome[1])
+            raise outcome[1]
         return outcome[0]
 
     def main_first(self, work: Callable[[], T]) -> T:
