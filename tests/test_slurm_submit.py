@@ -209,8 +209,6 @@ def test_a_process_finds_its_place():
     assert find_place(step | {"SLURM_RESTART_COUNT": "1"}).address == "tcp://gpu07:22446"
     # Not one core where SLURM says nothing of cores.
     assert find_place({k: v for k, v in step.items() if k != "SLURM_CPUS_PER_TASK"}).cores is None
-    # A shell of `srun --pty`: the step's other tasks will not come.
-    assert find_place(step | {"SLURM_PTY_PORT": "40000"}) == Place("none", cores=3)
     # In a batch script, which srun did not start: one process, whatever SLURM_NTASKS says.
     assert find_place({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == Place("none")
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
@@ -218,6 +216,18 @@ def test_a_process_finds_its_place():
     local = {"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_JOB_ID": "77"}
     assert find_place(local) == Place("submitit", 1, 2, 1, 2, "tcp://127.0.0.1:20077")
     assert find_place({}) == Place("none")
+
+
+def test_a_shell_of_srun_with_a_terminal_is_alone_and_the_steps_it_starts_are_not():
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "SLURM_PTY_PORT": "40000"}
+    step |= {"SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": "5"}
+    ask = [sys.executable, "-c", f"from fcmae.train.place import find_place; print(find_place({step}).size)"]
+    in_terminal = [sys.executable, "-c", f"import pty; pty.spawn({ask})"]
+    for line, size in ((in_terminal, "1"), (ask, "4")):
+        done = subprocess.run(
+            line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, start_new_session=True
+        )
+        assert re.findall(r"\d", done.stdout) == [size], done
 
 
 def test_lists_as_slurm_writes_them():

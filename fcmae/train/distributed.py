@@ -18,8 +18,9 @@ from fcmae.train.place import find_place
 
 T = TypeVar("T")
 
-# How long a process waits for the others. A dead one is noticed at once, by its launcher; this is for one that hangs,
-# and longer than rank 0 takes for anything that the others wait for, such as indexing the shards of a large dataset.
+# How long a process waits for the others. A dead one is noticed within seconds: by srun or torchrun, which end the
+# others, or under submitit's local executor by the others (fcmae/launch.py). This is for one that hangs; longer than
+# rank 0 takes for anything that the others wait for, such as indexing the shards of a large dataset.
 PATIENCE = datetime.timedelta(minutes=30)
 
 

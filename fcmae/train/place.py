@@ -43,7 +43,7 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
             "torchrun", number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE")
         )
     cores = number("SLURM_CPUS_PER_TASK", 0) or None
-    if number("SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in env and "SLURM_PTY_PORT" not in env:
+    if number("SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in env and not _in_terminal(env):
         # A requeued job has its number again: another port, in case its predecessor is still leaving.
         job = number("SLURM_JOB_ID") + 101 * number("SLURM_RESTART_COUNT", 0)
         host = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
@@ -61,6 +61,17 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
         port = PORTS[number("SUBMITIT_LOCAL_JOB_ID") % len(PORTS)]
         return Place("submitit", rank, size, rank, size, f"tcp://127.0.0.1:{port}")
     return Place("none", cores=cores)
+
+
+def _in_terminal(env: Mapping[str, str]) -> bool:
+    """Whether this is a shell of `srun --pty`. Steps that are started there inherit its variable, not its terminal."""
+    if "SLURM_PTY_PORT" not in env:
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def first_host(nodes: str) -> str:
