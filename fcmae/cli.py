@@ -1,4 +1,4 @@
-"""What every command shares: `CONFIG key=value ...`, --help, and one line with exit status 2 for bad input."""
+"""What every command shares: `CONFIG key=value ...`, --help, and one line and status 2 for bad input, or 75."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ def run_command(command: str, schema: type, run: Callable[..., int], argv: list[
         return run(settings.load(schema, arguments[0], arguments[1:]))
     except (UsageError, OSError) as error:  # OSError: a full disk, a file that cannot be read
         print(f"{command}: error: {rank_label(find_place())}{error}", file=sys.stderr)
-        return 2
+        return getattr(error, "status", UsageError.status)

@@ -37,7 +37,7 @@ from fcmae.train.target import fit_target
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0 done, 2 bad input, 128 + n ended by signal n after saving."""
+    """The command; returns the exit status: 0 done, 2 bad input, 75 try again, 128 + n saved at signal n."""
     return run_command("fcmae.pretrain", Config, pretrain, argv)
 
 
@@ -77,6 +77,8 @@ def steps_of(
 
     # A run that stopped in this folder goes on; nothing is written before everything has been checked.
     folder = RunFolder(Path(config.out))
+    held: list = []  # the folder's lock, until this function ends
+    world.on_main(lambda: held.append(folder.hold()))
     world.on_main(lambda: folder.check(config))
     found, warnings = world.on_main(lambda: folder.find_checkpoint(config.resume))
     beginning = ""
@@ -107,8 +109,7 @@ def steps_of(
     workers = worker_count(config.data.workers)
     fitted = fit_target(model, dataset, workers, world)  # not what a checkpoint or init brought
     forward = compiled(model, world.device) if config.train.compile else model
-    held: list = []  # the folder's lock, until this function ends
-    world.on_main(lambda: held.append(folder.claim(config)))
+    world.on_main(lambda: held.append(folder.claim(config, held[0], new=held[0] is None)))
     if world.is_main:
         print(*[f"arm {label}:"] * bool(label), describe_run(config, model, schedule, world), sep="\n", flush=True)
     log = Log(folder, config.log, state.progress, schedule, world.is_main, label)

@@ -1,7 +1,9 @@
 """A model spread over two ranks trains as one that both hold, and its checkpoints are those of any run."""
 
 import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +12,7 @@ from helpers import close
 from small_runs import CONFIG, final_state, make_pictures, metrics, run
 
 MODELS = {
-    "fcmae": CONFIG,
+    "fcmae": CONFIG.replace("dims: [8, 12, 16, 24]", "dims: [8, 13, 16, 25]"),  # no two equal parts of 13 or 25
     "mae": CONFIG.replace(
         "name: fcmae_convnextv2_atto, image_size: 64, depths: [1, 1, 1, 1], dims: [8, 12, 16, 24], decoder_dim: 16",
         "name: mae_vit_tiny_patch16, image_size: 64, dim: 24, depth: 2, heads: 2, decoder_dim: 16, decoder_depth: 1, "
@@ -81,3 +83,27 @@ def test_checkpoint_of_one_process_goes_on_sharded(place):
     held = f"resume={place}/alone/checkpoints/step_{STEPS // 2:09d}.pt"
     train(place, "spread", held, "train.sharding=full", processes=2)
     assert_follows(place, "spread", "replicated", STEPS // 2)
+
+
+@pytest.mark.slow
+def test_compiled_it_follows_too(place):
+    """Accumulating without an exchange, which the compiled model's wrapper knows nothing of."""
+    train(place, "compiled", "train.sharding=full", "train.compile=true", processes=2)
+    assert_follows(place, "compiled", "replicated", STEPS)
+
+
+@pytest.mark.slow
+def test_both_ranks_skip_a_step_that_is_not_finite(place):
+    """An image of numbers too large to compute with is on one rank alone."""
+    pictures = place / "with_huge"
+    shutil.copytree(place / "pictures", pictures)
+    np.save(pictures / "huge.npy", 3e38 * np.random.default_rng(0).choice([-1, 1], (96, 96, 3)).astype(np.float32))
+    more = (f"data.source={pictures}", "train.steps=6")  # of 8 of 41 images
+    train(place, "skips", *more, processes=2)
+    train(place, "skips_sharded", *more, "train.sharding=full", processes=2)
+    ours, theirs = metrics(place / "skips_sharded"), metrics(place / "skips")
+    skipped = [row["step"] for row in ours if row.get("skipped")]
+    assert skipped and skipped == [row["step"] for row in theirs if row.get("skipped")]
+    losses = ([row["loss"] for row in rows if "skipped" not in row] for rows in (ours, theirs))
+    close(*map(torch.tensor, losses), 1e-5)
+    close(*(flat(final_state(place / name), "model") for name in ("skips_sharded", "skips")), 1e-5)

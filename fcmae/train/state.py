@@ -43,7 +43,7 @@ class TrainState:
     def payload(self, config: RunConfig, dataset_size: int) -> dict:
         """A checkpoint's content: tensors and plain data only, so that reading it never runs code.
 
-        Every rank must ask: what is spread over them is gathered.
+        Every rank must ask: what is spread over them is gathered, for rank 0 alone to keep.
         """
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return {
