@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ FORMAT = "fcmae-finetune-1"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0 done, 2 bad input, 128 + n ended by signal n after saving."""
+    """The command; returns the exit status: 0 done, 2 bad input, 75 try again, 128 + n saved at signal n."""
     given = sys.argv[1:] if argv is None else argv
     if "--table" in given:
         return table.command([a for a in given if a != "--table"])
@@ -103,6 +104,8 @@ def steps_of(
 
     # A run that stopped in this folder goes on; nothing is written before everything has been checked.
     folder = RunFolder(Path(config.out), free_keys(config), ("checkpoints",))
+    held: list = []  # the folder's lock, until this function ends
+    world.on_main(lambda: held.append(folder.hold()))
     world.on_main(lambda: check_folder(folder, config, classes))
     found, warnings = world.on_main(lambda: folder.find_checkpoint(config.resume))
     if found is not None:
@@ -127,8 +130,7 @@ def steps_of(
             print(f"{folder.path} is complete at step {first}; out=... starts another run")
         return 0
     forward: nn.Module = compiled(model, world.device) if config.train.compile else model
-    held: list = []  # the folder's lock, until this function ends
-    world.on_main(lambda: held.append(claim(folder, config, classes, parts)))
+    world.on_main(lambda: held.append(claim(folder, config, classes, parts, held[0])))
     if world.is_main:
         print(describe_run(config, start, model, labelled, schedule, world, parts), flush=True)
     log = Log(folder, config.log, state.progress, schedule, world.is_main, "")
@@ -236,12 +238,12 @@ def check_folder(folder: RunFolder, config: DownstreamConfig, classes: list[str]
         )
 
 
-def claim(folder: RunFolder, config: DownstreamConfig, classes: list[str], parts: list[dict]):
-    """Make the folder this run's; the lock. What never changes is written here."""
-    held = folder.claim(config)
+def claim(folder: RunFolder, config: DownstreamConfig, classes: list[str], parts: list[dict], held: IO | None) -> IO:
+    """Make the folder this run's, whose lock is held if it had a run; the lock. What never changes is written here."""
+    lock = folder.claim(config, held, new=held is None)
     for name, text in (("classes.txt", "\n".join(classes) + "\n"), ("parameters.txt", groups.describe(parts))):
         write_whole(folder.path / name, lambda file, text=text: file.write(text.encode()))
-    return held
+    return lock
 
 
 def averaged(model: nn.Module, decay: float):

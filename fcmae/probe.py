@@ -11,6 +11,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -34,7 +35,7 @@ KNN_KEYS = ("probe.neighbours", "probe.temperature", "probe.decay")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0 done, 2 bad input, 128 + n ended by signal n after saving."""
+    """The command; returns the exit status: 0 done, 2 bad input, 75 try again, 128 + n saved at signal n."""
     given = list(sys.argv[1:] if argv is None else argv)
     if "--mode" in given:
         at = given.index("--mode")
@@ -64,9 +65,8 @@ def trained(config: ProbeConfig, world: distributed.World) -> int:
     for count in config.probe.blocks:
         last_blocks(spec, count)  # whether there are so many
     folder = RunFolder(Path(config.out), (*free_keys(config), "probe.blocks"), ())
-    world.on_main(lambda: folder.check(config))
     held: list = []
-    world.on_main(lambda: held.append(folder.claim(config)))
+    world.on_main(lambda: held.append(claim(folder, config)))
     stop = StopSignal()
     for count in config.probe.blocks:
         run = copy.deepcopy(config)
@@ -78,6 +78,13 @@ def trained(config: ProbeConfig, world: distributed.World) -> int:
             return status
     world.on_main(lambda: report_partial(config, folder))
     return 0
+
+
+def claim(folder: RunFolder, config: ProbeConfig) -> IO:
+    """Make the folder this probe's; its lock."""
+    held = folder.hold()
+    folder.check(config)
+    return folder.claim(config, held, new=held is None)
 
 
 def report_partial(config: ProbeConfig, folder: RunFolder) -> None:
@@ -109,8 +116,7 @@ def encoded(config: ProbeConfig, world: distributed.World, held: list) -> tuple[
         encoder.model.pool = "token"  # the norm of the encoder, before any mean
     model = build(start, 0, encoder).to(world.device).eval()
     folder = RunFolder(Path(config.out), (*free_keys(config), *KNN_KEYS), ("features",))
-    world.on_main(lambda: folder.check(config))
-    world.on_main(lambda: held.append(folder.claim(config)))
+    world.on_main(lambda: held.append(claim(folder, config)))
     return labelled, nearest.cached_features(model, start, config, labelled, folder.path / "features", world)
 
 
