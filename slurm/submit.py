@@ -7,6 +7,8 @@ or one job array. Each rank of it calls `fcmae.TASK.main`, as `torchrun -m fcmae
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import shlex
 import sys
@@ -115,10 +117,13 @@ def to_slurm(base: Path, runs: list[Run], wanted: Resources) -> int:
 
     leave_job()
     executor = slurm_executor(base, runs, wanted)
+    said = io.StringIO()
     try:
-        jobs = executor.submit_array([run.launch for run in runs])
+        with contextlib.redirect_stderr(said):  # submitit shows there what it then puts into the error, too
+            jobs = executor.submit_array([run.launch for run in runs])
     except (UncompletedJobError, FailedSubmissionError) as error:
         raise UsageError(str(error)) from None
+    sys.stderr.write(said.getvalue())
     for job, run in zip(jobs, runs, strict=True):
         remember(job.job_id, base, run, wanted)
         print(f"job {job.job_id}: fcmae.{run.launch.task} in {run.out}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fcmae.train import sharding
 from helpers import close
 from small_runs import CONFIG, final_state, make_pictures, metrics, run
 
@@ -44,16 +45,16 @@ def train(place, name, *overrides, processes=1):
     return done.stdout
 
 
-def assert_follows(place, name, other, steps):
-    """The same losses, gradients and weights to 1e-5."""
+def assert_follows(place, name, other, steps, tolerance=1e-5):
+    """The same losses, gradients and weights."""
     ours, theirs = metrics(place / name), metrics(place / other)[-steps:]
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] and len(ours) == steps
     for key in ("loss", "grad_norm"):
-        close(torch.tensor([r[key] for r in ours]), torch.tensor([r[key] for r in theirs]), 1e-5)
+        close(torch.tensor([r[key] for r in ours]), torch.tensor([r[key] for r in theirs]), tolerance)
     state, expected = final_state(place / name), final_state(place / other)
     # Of all at once: gradients that are nothing but rounding, such as of a key's bias, are as large as others to Adam.
     for kind in ("model", "exp_avg", "exp_avg_sq"):
-        close(flat(state, kind), flat(expected, kind), 1e-5)
+        close(flat(state, kind), flat(expected, kind), tolerance)
 
 
 def flat(state, kind):
@@ -86,13 +87,30 @@ def test_checkpoint_of_one_process_goes_on_sharded(place):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["mae"], indirect=True)
 def test_compiled_it_follows_too(place):
-    """Accumulating without an exchange, which the compiled model's wrapper knows nothing of."""
     train(place, "compiled", "train.sharding=full", "train.compile=true", processes=2)
-    assert_follows(place, "compiled", "replicated", STEPS)
+    assert_follows(place, "compiled", "replicated", STEPS, 1e-4)  # compiled kernels round otherwise
+
+
+def test_a_pass_that_only_accumulates_exchanges_nothing_also_through_the_compilers_wrapper(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(3, 2)
+        sharding.shard(model, torch.device("cpu"))
+        forward = torch.compile(model, backend="eager")
+        found = []
+        for last in (False, True):
+            with sharding.gradients_exchanged(forward, last):
+                forward(torch.ones(4, 3)).sum().backward()
+            found.append(None if model.weight.grad is None else model.weight.grad.full_tensor().tolist())
+        assert found == [None, [[8.0] * 3] * 2]  # this rank's own sum is kept aside until the exchange
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["fcmae"], indirect=True)
 def test_both_ranks_skip_a_step_that_is_not_finite(place):
     """An image of numbers too large to compute with is on one rank alone."""
     pictures = place / "with_huge"

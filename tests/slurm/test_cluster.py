@@ -178,7 +178,7 @@ def test_an_array_of_three_overrides_is_three_runs(cluster, place, tmp_path):
     assert losses[0] != losses[1] and losses[0] != losses[2]
     assert all((sweep / "slurm" / f"{job}_{i}_0_log.out").is_file() for i in range(3))
     shown = watch(sweep)
-    assert f"{sweep / '0'}: job {job}_0 done, step 6 of 6" in shown and f"{sweep / '1'}: job {job}_1 done" in shown
+    assert f"{sweep / '0'}: job {job}_0 done" in shown and f"{sweep / '1'}: job {job}_1 done, step 6 of 6" in shown
 
 
 def test_watch_tells_where_a_job_stands_and_a_second_copy_is_refused(cluster, place, tmp_path):
