@@ -336,6 +336,7 @@ def test_a_requeued_job_waits_for_its_former_self_and_no_other_does(tmp_path, mo
     assert "waiting for this job's former start" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_what_its_former_self_saved_last(tmp_path, holder):
     """Its last checkpoint appears while the new start waits for the lock; that start reads it, and keeps it."""
     source, out = f"data.source={make_pictures(tmp_path / 'pictures')}", tmp_path / "run"
@@ -390,7 +391,8 @@ def test_local_is_the_run_that_torchrun_starts(local, tmp_path):
     assert not list((tmp_path / "run" / "slurm").glob("*_running"))
 
 
-@pytest.mark.parametrize("how", ["error", pytest.param("killed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["error", "killed"])
 def test_a_rank_that_ends_ends_the_others_here_too(local, tmp_path, how):
     """Rank 1 fails, or dies, before it meets rank 0, which would wait for it for half an hour."""
     act = {"error": "raise ArithmeticError('nothing adds up')", "killed": "os.kill(os.getpid(), 9)"}[how]
