@@ -27,8 +27,19 @@ def cell(numbers: list[float]) -> str:
     """Mean and standard deviation over seeds."""
     if not numbers:
         return "–"
-    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
-    return f"{statistics.fmean(numbers):.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+    spread = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):.1f}{spread}"
+
+
+def gain(pretrained: list[float], other: list[float]) -> str:
+    """The difference of means, and whether it is more than the larger of the two spreads."""
+    if not pretrained or not other:
+        return "–"
+    found = statistics.fmean(pretrained) - statistics.fmean(other)
+    if min(len(pretrained), len(other)) < 2:
+        return f"{found:+.1f}"
+    spread = max(statistics.stdev(pretrained), statistics.stdev(other))
+    return f"{found:+.1f}, {'more' if found > spread else 'NOT more'} than the spread"
 
 
 def table(out: Path) -> str:
@@ -41,8 +52,7 @@ def table(out: Path) -> str:
             cells: list[str] = []
             for key in ("top1", "balanced"):
                 pair = [values(out, model, start, measure, key) for start in STARTS]
-                gain = f"{statistics.fmean(pair[0]) - statistics.fmean(pair[1]):+.1f}" if all(pair) else "–"
-                cells += [*map(cell, pair), gain]
+                cells += [*map(cell, pair), gain(*pair)]
             seeds = len(values(out, model, "pretrained", measure, "top1"))
             lines.append(f"| {model} | {measure} | {' | '.join(cells)} | {seeds} |")
     return "\n".join(lines)

@@ -5,12 +5,12 @@
 #   benchmarks/representation.sh DATA OUT        DATA: train/ and val/ of class folders
 #
 # Killed or stopped, the same command goes on: what is finished is skipped, what was begun is resumed. The table is
-# OUT/table.md. From the environment: SEEDS="0 1 2", EPOCHS (pretraining) 100, FINETUNE and PROBE epochs 15, SIZE 96,
+# OUT/table.md. From the environment: SEEDS="0 1 2", EPOCHS (pretraining) 60, FINETUNE 15, PROBE 10, SIZE 96,
 # MODELS="fcmae_atto mae_vit_tiny", BATCH 128 (pretraining; 64, or as many if fewer, are probed and fine-tuned), PYTHON.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
-    echo "usage: [SEEDS='0 1 2'] [EPOCHS=100] $0 DATA OUT [key=value of every run ...]" >&2
+    echo "usage: [SEEDS='0 1 2'] [EPOCHS=60] $0 DATA OUT [key=value of every run ...]" >&2
     exit 2
 fi
 data=$1 out=$2
@@ -18,11 +18,19 @@ shift 2
 for part in train val; do
     [ -d "$data/$part" ] || { echo "$data/$part is no folder: DATA must hold train/ and val/ of class folders" >&2; exit 2; }
 done
-seeds=${SEEDS:-0 1 2} epochs=${EPOCHS:-100} tuned=${FINETUNE:-15} probed=${PROBE:-15} size=${SIZE:-96}
+seeds=${SEEDS:-0 1 2} epochs=${EPOCHS:-60} tuned=${FINETUNE:-15} probed=${PROBE:-10} size=${SIZE:-96}
 models=${MODELS:-fcmae_atto mae_vit_tiny} batch=${BATCH:-128} python=${PYTHON:-python}
 configs=$(dirname "$0")/../configs
 small() { echo $(($1 < $2 ? $1 : $2)); }
 warm() { "$python" -c "print($1 / 10)"; }  # a tenth of the epochs
+
+settings="epochs $epochs, fine-tuning $tuned, probe $probed, $size px, batch $batch, data $data $*"
+mkdir -p "$out"
+if [ -f "$out/settings" ] && [ "$(cat "$out/settings")" != "$settings" ]; then
+    echo "$out holds runs of other settings ($(cat "$out/settings")); choose another OUT" >&2
+    exit 2
+fi
+echo "$settings" > "$out/settings"
 
 labelled=("data.train=$data/train" "data.val=$data/val" "model.image_size=$size" "$@")
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -27,6 +28,7 @@ from fcmae.pretrain import build_dataset, build_model, compiled, steps_of
 from fcmae.schema import Config
 from fcmae.train import checks, distributed
 from fcmae.train.init import start_from
+from fcmae.train.lock import locked
 from fcmae.train.loop import StopSignal
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import make_schedule
@@ -34,7 +36,7 @@ from fcmae.train.state import Progress
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0 done, 2 bad input, 128 + n ended by signal n after saving."""
+    """The command; returns the exit status: 0 done, 2 bad input, 75 try again, 128 + n saved at signal n."""
     given = sys.argv[1:] if argv is None else argv
     rest = [a for a in given if a != "--arms-in-turn"]
     return run_command("fcmae.compare", CompareConfig, compare, [*rest, *["arms_in_turn=true"] * (rest != given)])
@@ -44,10 +46,11 @@ def compare(config: CompareConfig) -> int:
     """Compare as configured; see `main` for the result. Raises UsageError for bad input."""
     arms = arms_of(config)
     labelled: list[Labelled] = []  # rank 0 alone evaluates
+    held: list[IO] = []  # the folder's lock, until this function ends
     with distributed.joined(config) as world:
         dataset = check(config, arms, world)
         world.on_main(lambda: labelled.extend(find_labelled(config)))
-        world.on_main(lambda: claim(config))
+        world.on_main(lambda: held.append(claim(config)))
         status, trained = train(config, arms, dataset, world)
     if status or not world.is_main:
         return status
@@ -123,12 +126,17 @@ def check_folder(config: CompareConfig) -> None:
         )
 
 
-def claim(config: CompareConfig) -> None:
-    """Make the folder this comparison's. Raises UsageError when it cannot be written."""
+def claim(config: CompareConfig) -> IO:
+    """Make the folder this comparison's, and hold it for this process until the returned file is closed.
+
+    Raises UsageError when it cannot be written, or when another process holds it.
+    """
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = locked(out / ".lock")
         settings.write_yaml(config, out / "config.yaml")
+        return lock
     except OSError as error:
         raise UsageError(f"cannot write into out={out}: {error.strerror}; choose another folder") from None
 
@@ -182,7 +190,7 @@ class ArmRun:
             except StopIteration as end:
                 self.status = end.value
             except UsageError as error:
-                raise UsageError(f"arm {self.name}: {error}") from None
+                raise type(error)(f"arm {self.name}: {error}") from None
 
     @contextmanager
     def _own_rng(self) -> Iterator[None]:

@@ -37,6 +37,14 @@ BRANCH_KEYS = (
 )  # fmt: skip
 
 
+def sides(value: Any) -> tuple[int, int]:
+    """A model.image_size as (H, W) in pixels. Raises UsageError unless it is one whole number or two, 1 or more."""
+    pair = [value, value] if isinstance(value, int) else value
+    if not isinstance(pair, list) or len(pair) != 2 or not all(type(v) is int and v >= 1 for v in pair):
+        raise UsageError(f"model.image_size={value} must be a whole number of pixels or [height, width]")
+    return pair[0], pair[1]
+
+
 def load(schema: type[C], path: str | Path, overrides: list[str]) -> C:
     """`schema()` with the YAML file at `path` and then `key=value` overrides merged in, types checked.
 

@@ -9,8 +9,16 @@ from collections.abc import Iterable
 class UsageError(ValueError):
     """Bad input. Its message is one line: what is wrong, where, and what to do.
 
-    Commands print the message and exit with status 2; from Python it is an ordinary `ValueError`.
+    Commands print the message and exit with `status`; from Python it is an ordinary `ValueError`.
     """
+
+    status = 2
+
+
+class TryAgain(UsageError):
+    """Nothing is wrong with the input: the same command may well succeed later, and jobs are requeued."""
+
+    status = 75  # sysexits' "try again"
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from fcmae.downstream.evaluation import validate
 from fcmae.downstream.frozen import Frozen, last_blocks
 from fcmae.downstream.head import describe_run, next_commands
 from fcmae.downstream.labelled import Labelled
-from fcmae.downstream.settings import BRANCH_KEYS, FREE_KEYS, DownstreamConfig, FinetuneConfig
+from fcmae.downstream.settings import DownstreamConfig, FinetuneConfig, branch_keys, free_keys
 from fcmae.downstream.start import Start, build, find_start
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
@@ -41,12 +42,14 @@ FORMAT = "fcmae-finetune-1"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0 done, 2 bad input, 128 + n ended by signal n after saving."""
+    """The command; returns the exit status: 0 done, 2 bad input, 75 try again, 128 + n saved at signal n."""
     given = sys.argv[1:] if argv is None else argv
     if "--table" in given:
         return table.command([a for a in given if a != "--table"])
     rest = [a for a in given if a != "--eval"]
-    return run_command("fcmae.finetune", FinetuneConfig, finetune, [*rest, *["eval_only=true"] * (rest != given)])
+    if rest != given:  # a recipe's `out` is of its run
+        rest += ["eval_only=true", *["out=null"] * (not any(a.startswith("out=") for a in given))]
+    return run_command("fcmae.finetune", FinetuneConfig, finetune, rest)
 
 
 def finetune(config: FinetuneConfig) -> int:
@@ -100,11 +103,18 @@ def steps_of(
     )
 
     # A run that stopped in this folder goes on; nothing is written before everything has been checked.
-    folder = RunFolder(Path(config.out), FREE_KEYS, ("checkpoints",))
+    folder = RunFolder(Path(config.out), free_keys(config), ("checkpoints",))
+    held: list = []  # the folder's lock, until this function ends
+    world.on_main(lambda: held.append(folder.hold()))
     world.on_main(lambda: check_folder(folder, config, classes))
     found, warnings = world.on_main(lambda: folder.find_checkpoint(config.resume))
     if found is not None:
-        state.restore(checkpoint.read(found), str(found), config, len(dataset), BRANCH_KEYS, "data.train")
+        state.restore(checkpoint.read(found), str(found), config, len(dataset), branch_keys(config), "data.train")
+        if moved := frozen.moved():
+            raise UsageError(
+                f"{found} has other frozen weights than init={config.init} gives ({moved[0]}); name the init that it "
+                f"began with, or start anew with another out=..."
+            )
         if not (folder.path / "best.safetensors").is_file():  # branched off: the best of this run is yet to come
             state.notes.pop("best", None)
     first = state.progress.step
@@ -112,13 +122,15 @@ def steps_of(
         raise UsageError(
             f"{found} is at step {first}, beyond this run's {schedule.steps}; raise train.epochs or train.steps"
         )
-    if schedule.is_over(first, state.progress.seconds) and folder.results.is_file():
+    over = schedule.is_over(first, state.progress.seconds)
+    if over and found.parent != folder.checkpoints:
+        raise UsageError(f"{found} is at the end of this run, step {first}; raise train.epochs or train.steps")
+    if world.on_main(lambda: over and folder.results.is_file()):
         if world.is_main:
             print(f"{folder.path} is complete at step {first}; out=... starts another run")
         return 0
     forward: nn.Module = compiled(model, world.device) if config.train.compile else model
-    held: list = []  # the folder's lock, until this function ends
-    world.on_main(lambda: held.append(claim(folder, config, classes, parts)))
+    world.on_main(lambda: held.append(claim(folder, config, classes, parts, held[0])))
     if world.is_main:
         print(describe_run(config, start, model, labelled, schedule, world, parts), flush=True)
     log = Log(folder, config.log, state.progress, schedule, world.is_main, "")
@@ -150,15 +162,11 @@ def steps_of(
 
     def loss(batch: dict) -> torch.Tensor:
         images, labels = (loop.to_device(batch[name], world.device) for name in ("image", "label"))
-        return criterion(forward, images, labels)
-
-    def same_statistics() -> None:
-        for each in (model, ema and ema.module):
-            if each is not None:
-                average_statistics(each, world)
+        found = criterion(forward, images, labels)
+        average_statistics(model, world)
+        return found
 
     def validation() -> None:
-        same_statistics()
         checked = {"model": validate(model, config, labelled, world, workers)}
         if ema is not None:
             checked["ema"] = validate(ema.module, config, labelled, world, workers)
@@ -168,7 +176,8 @@ def steps_of(
         step = state.progress.step
         row = {name: scores for name, (_, scores) in checked.items()}
         validations.write({"step": step, "epoch": round(schedule.epoch_at(step), 6), **row})
-        log.scalars({f"val/{k}_{n}": row[n][k] for n in row for k in ("top1", "balanced", "loss")}, step)
+        points = {f"val/{k}_{n}": row[n][k] for n in row for k in ("top1", "balanced", "loss")}
+        log.scalars({name: value for name, value in points.items() if value is not None}, step)
         log.say(f"step {step}: " + ", ".join(f"top-1 {100 * row[n]['top1']:.2f} % of the {n}" for n in row))
         # The first of equals, so that a repeated run keeps the same.
         of = max(row, key=lambda name: row[name]["top1"])
@@ -187,12 +196,8 @@ def steps_of(
         payload = state.payload(config, len(dataset))
         checkpoint.save(folder.checkpoints, payload, config.checkpoint.keep_last, keep and keep * every)
 
-    def save() -> None:
-        same_statistics()
-        world.on_main(write_checkpoint)
-
     hooks = loop.Hooks(
-        loss, save, validation, config.eval.every, dataset.source.name, begin,
+        loss, lambda: world.on_main(write_checkpoint), validation, config.eval.every, dataset.source.name, begin,
         stepped=(lambda: ema.update(model)) if ema is not None else (lambda: None),
     )  # fmt: skip
     try:
@@ -233,12 +238,12 @@ def check_folder(folder: RunFolder, config: DownstreamConfig, classes: list[str]
         )
 
 
-def claim(folder: RunFolder, config: DownstreamConfig, classes: list[str], parts: list[dict]):
-    """Make the folder this run's; the lock. What never changes is written here."""
-    held = folder.claim(config)
+def claim(folder: RunFolder, config: DownstreamConfig, classes: list[str], parts: list[dict], held: IO | None) -> IO:
+    """Make the folder this run's, whose lock is held if it had a run; the lock. What never changes is written here."""
+    lock = folder.claim(config, held, new=held is None)
     for name, text in (("classes.txt", "\n".join(classes) + "\n"), ("parameters.txt", groups.describe(parts))):
         write_whole(folder.path / name, lambda file, text=text: file.write(text.encode()))
-    return held
+    return lock
 
 
 def averaged(model: nn.Module, decay: float):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from fcmae import config as settings
 from fcmae import pictures
 from fcmae.analysis.collapse import CollapseWatch
 from fcmae.cli import run_command
@@ -37,7 +38,7 @@ from fcmae.train.target import fit_target
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0 done, 2 bad input, 128 + n ended by signal n after saving."""
+    """The command; returns the exit status: 0 done, 2 bad input, 75 try again, 128 + n saved at signal n."""
     return run_command("fcmae.pretrain", Config, pretrain, argv)
 
 
@@ -77,6 +78,8 @@ def steps_of(
 
     # A run that stopped in this folder goes on; nothing is written before everything has been checked.
     folder = RunFolder(Path(config.out))
+    held: list = []  # the folder's lock, until this function ends
+    world.on_main(lambda: held.append(folder.hold()))
     world.on_main(lambda: folder.check(config))
     found, warnings = world.on_main(lambda: folder.find_checkpoint(config.resume))
     beginning = ""
@@ -107,8 +110,7 @@ def steps_of(
     workers = worker_count(config.data.workers)
     fitted = fit_target(model, dataset, workers, world)  # not what a checkpoint or init brought
     forward = compiled(model, world.device) if config.train.compile else model
-    held: list = []  # the folder's lock, until this function ends
-    world.on_main(lambda: held.append(folder.claim(config)))
+    world.on_main(lambda: held.append(folder.claim(config, held[0], new=held[0] is None)))
     if world.is_main:
         print(*[f"arm {label}:"] * bool(label), describe_run(config, model, schedule, world), sep="\n", flush=True)
     log = Log(folder, config.log, state.progress, schedule, world.is_main, label)
@@ -181,7 +183,9 @@ def steps_of(
 
 def build_model(config: Config) -> MaskedAutoencoder:
     """The model a configuration names. Raises UsageError for an unknown name or values that do not fit."""
-    return create_model(config.model.name, image_size=image_size(config), **family.arguments(config))
+    return create_model(
+        config.model.name, image_size=settings.sides(config.model.image_size), **family.arguments(config)
+    )
 
 
 def build_dataset(config: Config, model: MaskedAutoencoder) -> MaskedImages:
@@ -205,15 +209,6 @@ def build_dataset(config: Config, model: MaskedAutoencoder) -> MaskedImages:
     )
     dataset[(0, 0)]  # a source of which nothing can be read is refused now, not in the middle of a run
     return dataset
-
-
-def image_size(config: Config) -> tuple[int, int]:
-    """(H, W) in pixels. Raises UsageError unless model.image_size is one whole number or two."""
-    value = config.model.image_size
-    pair = [value, value] if isinstance(value, int) else value
-    if not isinstance(pair, list) or len(pair) != 2 or not all(type(v) is int for v in pair):
-        raise UsageError(f"model.image_size={value} must be a whole number of pixels or [height, width]")
-    return pair[0], pair[1]
 
 
 def worker_count(wanted: int) -> int:

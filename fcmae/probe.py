@@ -11,6 +11,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -18,7 +19,8 @@ from fcmae.cli import run_command
 from fcmae.downstream import checks, nearest
 from fcmae.downstream.export import write_json
 from fcmae.downstream.frozen import last_blocks
-from fcmae.downstream.settings import FREE_KEYS, ProbeConfig
+from fcmae.downstream.labelled import Labelled
+from fcmae.downstream.settings import ProbeConfig, free_keys
 from fcmae.downstream.start import build, find_start
 from fcmae.files import write_whole
 from fcmae.finetune import find_images, train_to_end
@@ -33,7 +35,7 @@ KNN_KEYS = ("probe.neighbours", "probe.temperature", "probe.decay")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0 done, 2 bad input, 128 + n ended by signal n after saving."""
+    """The command; returns the exit status: 0 done, 2 bad input, 75 try again, 128 + n saved at signal n."""
     given = list(sys.argv[1:] if argv is None else argv)
     if "--mode" in given:
         at = given.index("--mode")
@@ -44,8 +46,14 @@ def main(argv: list[str] | None = None) -> int:
 def probe(config: ProbeConfig) -> int:
     """Probe as configured; see `main` for the result. Raises UsageError for bad input."""
     checks.check(config)
+    held: list = []  # the folder's lock, until this function ends
     with distributed.joined(config) as world:
-        return (neighbours if config.probe.mode == "knn" else trained)(config, world)
+        if config.probe.mode != "knn":
+            return trained(config, world)
+        labelled, found = encoded(config, world, held)
+    if world.is_main:  # the others have nothing to wait for
+        report_knn(config, labelled, found, world.device)
+    return 0
 
 
 def trained(config: ProbeConfig, world: distributed.World) -> int:
@@ -56,10 +64,9 @@ def trained(config: ProbeConfig, world: distributed.World) -> int:
     spec = find_start(config).spec
     for count in config.probe.blocks:
         last_blocks(spec, count)  # whether there are so many
-    folder = RunFolder(Path(config.out), (*FREE_KEYS, "probe.blocks"), ())
-    world.on_main(lambda: folder.check(config))
+    folder = RunFolder(Path(config.out), (*free_keys(config), "probe.blocks"), ())
     held: list = []
-    world.on_main(lambda: held.append(folder.claim(config)))
+    world.on_main(lambda: held.append(claim(folder, config)))
     stop = StopSignal()
     for count in config.probe.blocks:
         run = copy.deepcopy(config)
@@ -71,6 +78,13 @@ def trained(config: ProbeConfig, world: distributed.World) -> int:
             return status
     world.on_main(lambda: report_partial(config, folder))
     return 0
+
+
+def claim(folder: RunFolder, config: ProbeConfig) -> IO:
+    """Make the folder this probe's; its lock."""
+    held = folder.hold()
+    folder.check(config)
+    return folder.claim(config, held, new=held is None)
 
 
 def report_partial(config: ProbeConfig, folder: RunFolder) -> None:
@@ -93,27 +107,23 @@ def report_partial(config: ProbeConfig, folder: RunFolder) -> None:
     print(f"done: {folder.path}/results.json, curve.png")
 
 
-def neighbours(config: ProbeConfig, world: distributed.World) -> int:
-    """kNN and logistic regression on cached features: the exit status."""
+def encoded(config: ProbeConfig, world: distributed.World, held: list) -> tuple[Labelled, dict]:
+    """The labelled images and, on rank 0, their cached features. held: takes the folder's lock."""
     start, labelled = find_start(config), find_images(config, world)
     torch.manual_seed(config.seed)
     encoder = copy.deepcopy(config)
     if start.is_vit and not start.spec.fc_norm:
         encoder.model.pool = "token"  # the norm of the encoder, before any mean
     model = build(start, 0, encoder).to(world.device).eval()
-    folder = RunFolder(Path(config.out), (*FREE_KEYS, *KNN_KEYS), ("features",))
-    world.on_main(lambda: folder.check(config))
-    held: list = []
-    world.on_main(lambda: held.append(folder.claim(config)))
-    found = nearest.cached_features(model, start, config, labelled, folder.path / "features", world)
-    if world.is_main:
-        report_knn(config, folder, labelled, found)
-    return 0
+    folder = RunFolder(Path(config.out), (*free_keys(config), *KNN_KEYS), ("features",))
+    world.on_main(lambda: held.append(claim(folder, config)))
+    return labelled, nearest.cached_features(model, start, config, labelled, folder.path / "features", world)
 
 
-def report_knn(config: ProbeConfig, folder: RunFolder, labelled, found: dict) -> None:
+def report_knn(config: ProbeConfig, labelled: Labelled, found: dict, device: torch.device) -> None:
     """results.json and curve.png over the numbers of neighbours."""
-    rows = nearest.measure(found, len(labelled.classes), config)
+    folder = RunFolder(Path(config.out))
+    rows = nearest.measure(found, len(labelled.classes), config, device)
     ks = sorted(config.probe.neighbours)
     lines = {
         name: [100 * rows[f"knn_{k}"][key] for k in ks] for name, key in (("top-1", "top1"), ("balanced", "balanced"))

@@ -11,7 +11,7 @@ from fcmae.errors import UsageError
 
 # The last part of every setting that may name a file or a folder.
 PATH_SETTINGS = ("out", "init", "resume", "source", "labelled", "train", "val", "test")
-NO_PATHS = ("null", "sample")
+NO_VALUE = ("", "null", "~")
 
 # What no other machine sees, and what it may see if this is the machine that serves it.
 MEMORY = ("tmpfs", "ramfs", "overlay", "devtmpfs", "rootfs")
@@ -32,12 +32,18 @@ def absolute_overrides(config: str, overrides: list[str]) -> list[str]:
 
 
 def out_of(config: str, overrides: list[str]) -> Path | None:
-    """The run's folder: the last `out=`, or the config file's; None without any."""
-    for text in reversed(overrides):
-        if text.startswith("out="):
-            return Path(_absolute(text)[len("out=") :])
-    value = settings.read_yaml(Path(config)).get("out")
-    return Path(_absolute(f"out={value}")[len("out=") :]) if value else None
+    """The run's folder: the last `out=`, or the config file's; None without any.
+
+    Raises UsageError for one that cannot be known here, or that SLURM would take for something else.
+    """
+    given = [text[len("out=") :] for text in overrides if text.startswith("out=")]
+    value = str(given[-1] if given else settings.read_yaml(Path(config)).get("out") or "")
+    if value.lower() in NO_VALUE:
+        return None
+    for sign, why in (("%", "SLURM fills in in the names of logs"), ("${", "only the job itself could fill in")):
+        if sign in value:
+            raise UsageError(f"out={value} has {sign}, which {why}; choose a folder whose name is without it")
+    return Path(_absolute(f"out={value}")[len("out=") :])
 
 
 def _absolute(override: str) -> str:
@@ -48,8 +54,9 @@ def _absolute(override: str) -> str:
 
 
 def _is_path(key: str, value: str) -> bool:
-    named = key.rpartition(".")[2] in PATH_SETTINGS and bool(value) and value not in NO_PATHS
-    return named and "://" not in value
+    named = key.rpartition(".")[2] in PATH_SETTINGS and value.lower() not in NO_VALUE
+    other = "://" in value or "${" in value or (key == "data.source" and value == "sample")
+    return named and not other
 
 
 def check_shared(folder: Path, mounts: str | None = None) -> str | None:

@@ -7,41 +7,38 @@ or one job array. Each rank of it calls `fcmae.TASK.main`, as `torchrun -m fcmae
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import io
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fcmae import config as settings
 from fcmae.__main__ import COMMANDS
 from fcmae.errors import UsageError, nearest
 from fcmae.launch import Launch
-from options import COMMAND_LINE, Resources, delay, gpu_count, other_options, rank_count, resources
+from here import plan_here, run_here
+from jobs import Run, call, leave_job, remember, with_own_config
+from options import COMMAND_LINE, Resources, delay, other_options, rank_count, resources
 from paths import absolute_overrides, check_shared, make_writable, out_of
 
 TASKS = [name.removeprefix("fcmae.") for name, what in COMMANDS.items() if "CONFIG.yaml" in what]
-YEAR = 365 * 24 * 60  # minutes
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of the job: its folder and what it calls on every rank."""
-
-    out: Path
-    launch: Launch
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 submitted (with --local: done), 2 bad input, 1 else."""
     try:
         return submit(parse(sys.argv[1:] if argv is None else argv))
+    except ModuleNotFoundError as error:
+        if error.name != "submitit":
+            raise
+        message = 'submitit is not installed: pip install -e ".[slurm]"'
     except (UsageError, OSError) as error:
-        print(f"submit: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        message = " ".join(str(error).split())
+    print(f"submit: error: {message}", file=sys.stderr)
+    return 2
 
 
 def submit(given: argparse.Namespace) -> int:
@@ -59,10 +56,11 @@ def submit(given: argparse.Namespace) -> int:
             if warning := check_shared(folder):
                 print(f"submit: warning: {warning}", file=sys.stderr)
     if given.dry_run:
-        print(sbatch_script(base, runs, wanted))
+        print(plan_here(base, runs, wanted) if given.local else sbatch_script(base, runs, wanted))
         return 0
     for folder in (base, *(run.out for run in runs)):
         make_writable(folder / "slurm")
+    runs = with_own_config(base, runs)
     return run_here(base, runs, wanted) if given.local else to_slurm(base, runs, wanted)
 
 
@@ -83,12 +81,8 @@ def runs_of(given: argparse.Namespace) -> tuple[Path, list[Run]]:
 
     if not given.array:
         return base, [run(given.overrides, base)]
-    if not Path(given.array).is_file():
-        raise UsageError(f"--array {given.array}: no such file; it has one line of overrides for each run")
-    lines = [shlex.split(line, comments=True) for line in Path(given.array).read_text().splitlines()]
-    lines = [line for line in lines if line]
     runs = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(lines_of(given.array)):
         if wrong := [word for word in line if "=" not in word]:
             raise UsageError(f"--array {given.array}: {wrong[0]!r} is not of the form key=value")
         own = out_of(config, line) if any(word.startswith("out=") for word in line) else base / str(number)
@@ -100,16 +94,36 @@ def runs_of(given: argparse.Namespace) -> tuple[Path, list[Run]]:
     return base, runs
 
 
+def lines_of(path: str) -> list[list[str]]:
+    """The words of every line that has any. Raises UsageError for a file that is not there or no text, or a quote."""
+    if not Path(path).is_file():
+        raise UsageError(f"--array {path}: no such file; it has one line of overrides for each run")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"--array {path} is no text in UTF-8; it has one line of overrides for each run") from None
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            found.append(shlex.split(line, comments=True))
+        except ValueError as error:
+            raise UsageError(f"--array {path}, line {number}: {str(error).lower()}; close the quote") from None
+    return [line for line in found if line]
+
+
 def to_slurm(base: Path, runs: list[Run], wanted: Resources) -> int:
     """One job or job array. Raises UsageError with sbatch's reason when it is refused."""
-    from submitit.core.utils import UncompletedJobError
+    from submitit.core.utils import FailedSubmissionError, UncompletedJobError
 
     leave_job()
     executor = slurm_executor(base, runs, wanted)
+    said = io.StringIO()
     try:
-        jobs = executor.submit_array([run.launch for run in runs])
-    except UncompletedJobError as error:
+        with contextlib.redirect_stderr(said):  # submitit shows there what it then puts into the error, too
+            jobs = executor.submit_array([run.launch for run in runs])
+    except (UncompletedJobError, FailedSubmissionError) as error:
         raise UsageError(str(error)) from None
+    sys.stderr.write(said.getvalue())
     for job, run in zip(jobs, runs, strict=True):
         remember(job.job_id, base, run, wanted)
         print(f"job {job.job_id}: fcmae.{run.launch.task} in {run.out}")
@@ -138,7 +152,8 @@ def parameters(base: Path, runs: list[Run], wanted: Resources) -> dict:
     folders = " ".join(shlex.quote(str(run.out)) for run in runs)
     srun = ["--kill-on-bad-exit=1", "--wait=0"]
     # Ranks that share a node would else each take all of its cores.
-    setup = [*wanted.setup, "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"]
+    # A `set -e` in the setup would end the script before it comes to its end, which requeues.
+    setup = [*wanted.setup, "set +e", "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"]
     if wanted.cpus_per_task:
         srun.append(f"--cpus-per-task={wanted.cpus_per_task}")  # since 22.05 srun does not take it from sbatch
     end = Path(__file__).resolve().with_name("requeue.py")
@@ -179,64 +194,9 @@ def sbatch_script(base: Path, runs: list[Run], wanted: Resources) -> str:
     executor.update_parameters(**parameters(base, runs, wanted))
     if len(runs) > 1:
         executor.parameters["map_count"] = len(runs)
-    calls = [f"# {shlex.join(['python', '-m', f'fcmae.{r.launch.task}', *r.launch.arguments])}" for r in runs]
     text = executor._make_submission_file_text(executor._submitit_command_str, "")
-    return "\n".join([text.rstrip("\n"), "", "# what each rank calls", *calls])
-
-
-def run_here(base: Path, runs: list[Run], wanted: Resources) -> int:
-    """The runs one after another on this machine, by submitit's local executor: the first exit status that is not 0."""
-    from submitit import LocalExecutor
-
-    gpus = gpu_count(wanted)
-    if wanted.gpus_per_node is None:
-        import torch
-
-        gpus = min(1, torch.cuda.device_count())
-    leave_job()
-    share = max(1, (os.cpu_count() or 1) // rank_count(wanted))
-    os.environ.setdefault("OMP_NUM_THREADS", str(wanted.cpus_per_task or share))
-    executor = LocalExecutor(base / "slurm", python=wanted.python)
-    executor.update_parameters(
-        timeout_min=YEAR,
-        signal_delay_s=0,
-        gpus_per_node=gpus,
-        tasks_per_node=rank_count(wanted),
-        stderr_to_stdout=True,
-        setup=wanted.setup,
-    )
-    # Ctrl-C is for the ranks, which save and leave; this process and submitit's wait for them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for run in runs:
-        job = executor.submit(run.launch)
-        remember(job.job_id, base, run, wanted)
-        print(f"fcmae.{run.launch.task} in {run.out}, process {job.job_id}; logs: {job.paths.stdout}", flush=True)
-        signal.signal(signal.SIGTERM, lambda *_, job=job: job._process.terminate())
-        job._process.wait()
-        unfinished = [task for task in range(rank_count(wanted)) if not job.task(task).paths.result_pickle.exists()]
-        if unfinished:
-            print(f"submit: {run.out} did not end well; see {job.task(unfinished[0]).paths.stdout}", file=sys.stderr)
-            failed = sorted((base / "slurm").glob(f"{job.job_id}_*_failed"))
-            return int(failed[0].read_text()) if failed else 1
-    return 0
-
-
-def remember(job: str, base: Path, run: Run, wanted: Resources) -> None:
-    """Note for watch.py which job this run is and where its logs are."""
-    told = {
-        "job": job,
-        "logs": str(base / "slurm"),
-        "ranks": wanted.nodes * rank_count(wanted),
-        "task": run.launch.task,
-    }
-    (run.out / "slurm" / "job.json").write_text(json.dumps(told) + "\n")
-
-
-def leave_job() -> None:
-    """Forget the job that this process runs in, if any: its variables would be taken for the new job's."""
-    for key in list(os.environ):
-        if key.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and key != "SLURM_CONF":
-            del os.environ[key]
+    told = "# what each rank calls, with a copy of the config file as it is now"
+    return "\n".join([text.rstrip("\n"), "", told, *(f"# {call(run)}" for run in runs)])
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -258,7 +218,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--array", metavar="FILE", help="a job array: a run for each line of overrides, in out/NUMBER")
     parser.add_argument("--not-shared", action="store_true", help="out= need not look like a shared folder")
     parser.add_argument("--local", action="store_true", help="run here, without SLURM, until it ends")
-    parser.add_argument("--dry-run", action="store_true", help="print the script, submit and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, or run; write nothing")
     given = parser.parse_intermixed_args(argv)
     if wrong := [word for word in given.overrides if "=" not in word]:
         raise UsageError(f"{wrong[0]!r} is not of the form key=value")

@@ -50,18 +50,23 @@ def describe(run: Path, lines: int) -> str:
     """What there is to say of a run, or of all runs in the folder. Raises UsageError if there are none."""
     if not run.is_dir():
         raise UsageError(f"{run} is no folder")
-    told = [f"{folder}: {state(folder, run)}{progress(folder)}" for folder in runs_in(run)]
-    if not told and not (run / "slurm").is_dir():
+    runs = runs_in(run)
+    if not runs and not (run / "slurm").is_dir():
         raise UsageError(f"{run} holds no run and no job")
-    return "\n".join([*(told or [f"{run}: {state(run, run)}"]), *logs(run, lines)])
+    told = []
+    for folder in runs or [run]:
+        told.append(f"{folder}: {state(folder, run)}{progress(folder)}")
+        if jobs_of(folder):  # of a sweep each has its own
+            told += logs(folder, lines)
+    return "\n".join(told + ([] if run in runs or not runs else logs(run, lines)))
 
 
 def runs_in(run: Path) -> list[Path]:
     """The run itself, a comparison's arms, or the runs of a sweep."""
     if (run / "metrics.jsonl").is_file():
         return [run]
-    found = [*run.glob("arms/*/config.yaml"), *run.glob("*/config.yaml"), *run.glob("*/slurm/job.json")]
-    return sorted({p.parent.parent if p.name == "job.json" else p.parent for p in found}, key=natural)
+    found = [*run.glob("arms/*/config.yaml"), *run.glob("*/config.yaml"), *run.glob("*/slurm/jobs.json")]
+    return sorted({p.parent.parent if p.name == "jobs.json" else p.parent for p in found}, key=natural)
 
 
 def natural(path: Path) -> tuple:
@@ -72,16 +77,8 @@ def natural(path: Path) -> tuple:
 def state(run: Path, top: Path) -> str:
     """In one or a few words: SLURM's state of its job if it has one now, else what the files say."""
     job = job_of(run) or job_of(top)
-    if job and shutil.which("squeue"):
-        asked = subprocess.run(
-            ["squeue", "-h", "-j", job["job"], "-o", "%T|%r|%M|%l|%N"], capture_output=True, text=True
-        )
-        if asked.returncode == 0 and asked.stdout.strip():
-            word, reason, used, limit, nodes = asked.stdout.strip().splitlines()[0].split("|")
-            if word in ("RUNNING", "COMPLETING"):
-                return f"job {job['job']} {word.lower()} on {nodes}, {used} of {limit}"
-            if word in ("PENDING", "SUSPENDED", "CONFIGURING"):
-                return f"job {job['job']} {word.lower()} ({reason})"
+    if job and (found := queued(job)):
+        return found
     if job:
         folder, name = Path(job["logs"]), job["job"]
         if failed := sorted(folder.glob(f"{name}_*_failed")):
@@ -89,18 +86,47 @@ def state(run: Path, top: Path) -> str:
             return f"job {name} failed on rank {ranks}"
         if (folder / f"{name}_0_result.pkl").exists():
             return f"job {name} done"
-    times = run / "times.jsonl"
     if (run / "encoder.safetensors").exists():
         return "done"
-    if times.exists() and time.time() - times.stat().st_mtime < 120:
+    if moves(run):
         return "running"
     return f"job {job['job']} ended early" if job else "stopped"
 
 
+def queued(job: dict) -> str | None:
+    """What SLURM says of a job that it has now; None of any other, or without SLURM."""
+    if not shutil.which("squeue"):
+        return None
+    asked = subprocess.run(["squeue", "-h", "-j", job["job"], "-o", "%T|%r|%M|%l|%N"], capture_output=True, text=True)
+    if asked.returncode or not asked.stdout.strip():
+        return None
+    word, reason, used, limit, nodes = asked.stdout.strip().splitlines()[0].split("|")
+    if word in ("RUNNING", "COMPLETING"):
+        return f"job {job['job']} {word.lower()} on {nodes}, {used} of {limit}"
+    if word in ("PENDING", "SUSPENDED", "CONFIGURING"):
+        return f"job {job['job']} {word.lower()} ({reason})"
+    return None
+
+
+def moves(run: Path) -> bool:
+    """Whether a step was logged in the last two minutes."""
+    times = run / "times.jsonl"
+    return times.exists() and time.time() - times.stat().st_mtime < 120
+
+
 def job_of(run: Path) -> dict | None:
-    """What submit.py noted of the run's newest job."""
-    path = run / "slurm" / "job.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    """The newest job of a run that is queued or running; or else the newest that did not fail while the run goes on."""
+    jobs = jobs_of(run)[::-1]
+    live = [job for job in jobs if queued(job)] if len(jobs) > 1 else []
+    if not live and moves(run):  # a second copy, which was refused, says nothing about it
+        live = [job for job in jobs if not list(Path(job["logs"]).glob(f"{job['job']}_*_failed"))]
+    return next(iter([*live, *jobs]), None)
+
+
+def jobs_of(run: Path) -> list[dict]:
+    """What submit.py noted of the run's jobs, the oldest first."""
+    path = run / "slurm" / "jobs.json"
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def progress(run: Path) -> str:

@@ -24,6 +24,7 @@ ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEM
 
 CONF = """
 ClusterName=fcmae-tests
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
@@ -46,6 +47,7 @@ MpiDefault=none
 ReturnToService=2
 JobRequeue=1
 KillWait=10
+MinJobAge=3600
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=4 RealMemory=4000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=4 RealMemory=4000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
@@ -107,16 +109,24 @@ class Cluster:
         self.until(job, lambda: False, seconds)
         return [state.split()[0] for state in self.states(job)]
 
+    def refused(self, *arguments: str) -> str:
+        """Submit what SLURM refuses; what is said of it."""
+        done = submit(*arguments, "--not-shared", env=self.env)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
     def restarts(self, job: str) -> int:
         """How often the job was requeued."""
         words = self.run("scontrol", "show", "job", job).split()
         return int(next(word for word in words if word.startswith("Restarts=")).removeprefix("Restarts="))
 
     def put_away(self, job: str) -> bool:
-        """Whether daemons of the job's former start are still there."""
+        """Whether daemons of a former start are still there, of the job or of an element of an array."""
+        numbers = self.run("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%A", check=False).split()
+        names = tuple(f"slurmstepd: [{number}.".encode() for number in numbers)
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if (folder / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
+                if (folder / "cmdline").read_bytes().startswith(names):
                     return True
         return False
 
@@ -145,7 +155,6 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="fcmae-slurm-"))
     daemons: list[subprocess.Popen] = []
     made = Cluster(folder)
-    hosts = HOSTS.read_text()
 
     def start(*command: str) -> None:
         with open(folder / f"{Path(command[0]).name}-{len(daemons)}.out", "wb") as said:
@@ -156,13 +165,13 @@ def cluster() -> Iterator[Cluster]:
             (folder / name).mkdir()
         ports = free_ports(3)
         host = socket.gethostname().split(".")[0]
-        conf = CONF.format(folder=folder, host=host, port=ports[0], port1=ports[1], port2=ports[2])
+        # Where ranks meet follows from the job's number: another session's jobs, on the same machine, have others.
+        first_job = random.randrange(1000, 1_000_000)
+        conf = CONF.format(folder=folder, host=host, port=ports[0], port1=ports[1], port2=ports[2], first_job=first_job)
         (folder / "slurm.conf").write_text(conf)
         (folder / "munge.key").write_bytes(random.randbytes(1024))
         (folder / "munge.key").chmod(0o600)
-        if not all(resolves(name) for name in NODES):
-            kept = [line for line in hosts.splitlines(keepends=True) if MARK not in line]
-            HOSTS.write_text("".join(kept).rstrip("\n") + f"\n127.0.0.1 {' '.join(NODES)} {MARK}\n")
+        own_hosts(folder)
         files = {"socket": "munge.socket", "key-file": "munge.key", "seed-file": "munge.seed"}
         files |= {"pid-file": "munged.pid", "log-file": "munged.log"}
         start("munged", "--foreground", "--force", *(f"--{key}={folder / name}" for key, name in files.items()))
@@ -186,10 +195,8 @@ def cluster() -> Iterator[Cluster]:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
-        if HOSTS.read_text() != hosts:
-            lines = HOSTS.read_text().splitlines(keepends=True)
-            HOSTS.write_text("".join(line for line in lines if MARK not in line))
         shutil.rmtree(folder, ignore_errors=True)
+        forget_hosts()
 
 
 def wait_for(condition: Callable[[], bool], what: str, daemons: list[subprocess.Popen], seconds: float = 60) -> None:
@@ -201,11 +208,18 @@ def wait_for(condition: Callable[[], bool], what: str, daemons: list[subprocess.
         time.sleep(0.2)
 
 
-def resolves(name: str) -> bool:
-    """Whether the system knows a host of this name as this machine."""
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(name).startswith("127.")
-    return False
+def own_hosts(folder: Path) -> None:
+    """Name the nodes as this machine, in a line that is this session's own: another's goes when that one ends."""
+    with open(HOSTS, "a") as file:
+        file.write(f"127.0.0.1 {' '.join(NODES)} {MARK} {folder}\n")
+
+
+def forget_hosts() -> None:
+    """Remove the lines of sessions whose folder is gone: of this one, and of any that was killed."""
+    lines = HOSTS.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if MARK not in line or Path(line.split(MARK)[1].strip() or "/none").is_dir()]
+    if kept != lines:
+        HOSTS.write_text("".join(kept))
 
 
 def free_ports(count: int) -> list[int]:

@@ -63,3 +63,11 @@ def test_mae_step(tmp_path):
     # Two formulations of one loss, on the same weights and the same hidden patches.
     assert found["losses"]["ours"] == pytest.approx(found["losses"]["published"], rel=1e-5)
     assert found["settings"]["model"] == "mae_vit_tiny_patch16"
+
+
+def test_step_cost(tmp_path):
+    found, shown = run("step_cost.py", tmp_path, "--batch-size", "8")
+    times, cost = {name: arm["median_s"] for name, arm in found["times"].items()}, found["cost"]
+    assert cost["image_ms"] == pytest.approx(1e3 * (times["pass 8"] - times["pass 2"]) / 6)
+    assert cost["update_ms"] == pytest.approx(1e3 * times["update"]) and cost["pass_ms"] >= 0 < cost["backward"] < 1
+    assert f"--image-ms {cost['image_ms']:.3g} --pass-ms {cost['pass_ms']:.3g}" in shown

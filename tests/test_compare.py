@@ -190,7 +190,7 @@ def test_the_report_s_representations_recomputed(place, done):
                         encoded = model.encode(image[None])
                         into.append(encoded[0].mean((1, 2)) if name == "convnext" else encoded[0, 1:].mean(0))
             labels = [torch.tensor([label for _, label in files]) for files in (parts.train, parts.val)]
-            predicted = representation.knn(torch.stack(x), labels[0], torch.stack(y), 4, 3, 0.07)
+            predicted = representation.knn(torch.stack(x), labels[0], torch.stack(y), 4, [3], 0.07)[3]
             reported = found["arms"][name]["representation"][state]
             assert reported["knn"] == representation.accuracy(predicted, labels[1])
             block = model.encoder.stages[0].blocks[0] if name == "convnext" else model.blocks[0]

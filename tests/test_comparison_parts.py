@@ -78,9 +78,9 @@ def test_knn_against_a_direct_computation():
             votes[labels[i]] += math.exp(cosines[i] / 0.07)
         expected.append(votes.index(max(votes)))
     tensors = [torch.from_numpy(x) for x in (train, labels, val)]
-    assert representation.knn(*tensors, 4, 7, 0.07).tolist() == expected
+    assert representation.knn(*tensors, 4, [7], 0.07)[7].tolist() == expected
     assert len(set(expected)) == 4
-    assert representation.knn(*tensors, 4, 600, 0.07).shape == (30,)  # no more neighbours than images
+    assert representation.knn(*tensors, 4, [600], 0.07)[600].shape == (30,)  # no more neighbours than images
 
 
 def test_the_probe_is_the_minimum_and_the_same_every_time():

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fcmae.data import LabelledImages, SampleStream, make_loader
-from fcmae.downstream.augment import training_transform
+from fcmae.downstream.augment import objective, training_transform
 from fcmae.downstream.data import as_source, open_parts, open_val
 from fcmae.downstream.evaluation import Tally
 from fcmae.downstream.labelled import CentreCrops
@@ -157,3 +157,40 @@ def test_very_many_classes_keep_no_pairs():
     tally = Tally.empty(21841)
     tally.add(torch.nn.functional.one_hot(torch.tensor([5, 9]), 21841).float(), torch.tensor([5, 21840]))
     assert tally.table is None and tally.scores()["top1"] == 0.5 and tally.scores()["balanced"] == 0.5
+
+
+def test_8_bits_do_not_wrap_around_under_randaugment():
+    """A bicubic crop of a float image overshoots at an edge."""
+    image = torch.zeros(3, 40, 40)
+    image[:, :, 20:] = 1
+    settings = FinetuneConfig()
+    settings.model.image_size, settings.data.crop_scale, settings.data.flip = 64, [1.0, 1.0], 0.0
+    settings.data.mean, settings.data.std = [0.0] * 3, [1.0] * 3
+    settings.data.randaugment = "rand-m0-n0"
+    made = training_transform(settings)(image)
+    assert made[:, :, :24].max() < 0.2 and made[:, :, 40:].min() > 0.8
+
+
+@pytest.mark.parametrize("kind", ["smoothed", "mixup", "cutmix"])
+def test_the_loss_by_hand(kind):
+    """Each image is of one value, so that what is mixed tells its share; the logits are fixed."""
+    settings, classes, smoothing = FinetuneConfig(), 5, 0.2
+    settings.train.label_smoothing = smoothing
+    settings.data.mixup, settings.data.cutmix = 0.8 * (kind == "mixup"), 1.0 * (kind == "cutmix")
+    labels, logits = torch.tensor([0, 3, 4, 1]), torch.randn(4, classes, generator=torch.Generator().manual_seed(0))
+    values, seen = torch.tensor([1.0, 2.0, 4.0, 8.0]), []
+    np.random.seed(3)
+
+    def forward(images):
+        seen.append(images.clone())
+        return logits
+
+    found = objective(settings, classes)(forward, values[:, None, None, None].expand(4, 3, 16, 16).clone(), labels)
+    means = seen[0].mean((1, 2, 3))
+    share = ((means - values.flip(0)) / (values - values.flip(0)))[:, None]  # of the image itself
+    assert kind == "smoothed" or 0 < share[0] < 1
+    own, other = (torch.full((4, classes), smoothing / classes) for _ in range(2))
+    for target, of in ((own, labels), (other, labels.flip(0))):
+        target[range(4), of] += 1 - smoothing
+    target = own if kind == "smoothed" else share * own + (1 - share) * other
+    assert found.item() == pytest.approx(-(target * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)

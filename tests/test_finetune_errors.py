@@ -157,7 +157,7 @@ def test_the_table_of_runs(place, tmp_path, capsys):
     assert (
         rows[3].split("|")[5].strip() == f"{100 * b:.2f}" and rows[3].split("|")[-2].strip() == f"{100 * (b - a):+.2f}"
     )
-    assert (tmp_path / "table.md").read_text() in said
+    assert not (tmp_path / "table.md").exists()
     for runs, word in (([], "needs the folders"), ([place / "shapes"], "is no fine-tuned run")):
         assert main(["--table", *map(str, runs)]) == 2
         assert word in capsys.readouterr().err

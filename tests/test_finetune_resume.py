@@ -2,14 +2,17 @@
 
 import os
 import random
+import shutil
 import signal
 import threading
 import time
 
 import pytest
+import timm
 import torch
 
 from fcmae.finetune import main
+from fcmae.probe import main as probe
 from labelled_runs import arguments, assert_same_outcome, make_place, results, start
 from small_runs import final_state
 
@@ -95,10 +98,10 @@ def test_what_lies_between_the_last_checkpoint_and_the_results_is_made_again(who
 
 def test_a_complete_run_is_left_alone(whole, capsys):
     place, done = whole
-    before = {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file()}
+    before = {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file() and p.name != ".lock"}
     assert main(arguments(place, done, *SETTINGS)) == 0
     assert "complete" in capsys.readouterr().out
-    assert before == {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file()}
+    assert before == {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 @pytest.mark.slow
@@ -127,3 +130,32 @@ def test_lars_resumes_too(whole, tmp_path):
         (tmp_path / "b" / name).unlink()
     assert main(arguments(place, tmp_path / "b", *more)) == 0
     assert_same_outcome(tmp_path / "b", tmp_path / "a")
+
+
+def test_what_cannot_go_on_is_one_line(whole, tmp_path, capsys):
+    """A finished run branched off without more steps, other classes, and a probe that began with other weights."""
+    place, done = whole
+    end, out = f"resume={done}/checkpoints/step_000000020.pt", tmp_path / "out"
+    assert main(arguments(place, out, end, init=None)) == 2
+    assert "is at the end of this run" in capsys.readouterr().err
+    few = tmp_path / "few"
+    shutil.copytree(place / "shapes" / "train", few)
+    for i, path in enumerate(sorted((few / "bars").iterdir())):
+        path.rename(few / "disc" / f"more_{i}.png")
+    (few / "bars").rmdir()
+    val = tmp_path / "val"
+    shutil.copytree(place / "shapes" / "val", val)
+    shutil.rmtree(val / "bars")
+    fewer = arguments(place, out, end, f"data.train={few}", f"data.val={val}", "train.steps=30", init=None)
+    assert main(fewer) == 2
+    said = capsys.readouterr().err
+    assert "head" in said and "in this model" in said and said.count("\n") == 1
+    short = ("train.steps=4", "train.warmup_epochs=0", "checkpoint.every=2", "data.mixup=0", "data.cutmix=0")
+    assert probe(arguments(place, tmp_path / "p", *short)) == 0
+    kept = tmp_path / "p" / "checkpoints" / "step_000000002.pt"
+    other = timm.create_model("convnextv2_atto", num_classes=0, depths=[1, 1, 2, 1], dims=[8, 12, 16, 24])
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    again = arguments(place, out, f"resume={kept}", f"init={tmp_path / 'other.pt'}", *short, init=None)
+    assert probe(again) == 2
+    assert "has other frozen weights than init=" in capsys.readouterr().err
+    assert not out.exists()

@@ -19,11 +19,12 @@ from fcmae.train.optim import set_lr
 SINGLE = {
     (2, 2, 6, 2): (13, [[1, 2], [3, 4], [5, 6, 7, 8, 9, 10], [11, 12]]),
     (2, 2, 8, 2): (15, [[1, 2], [3, 4], [5, 6, 7, 8, 9, 10, 11, 12], [13, 14]]),
+    (3, 3, 27, 3): (37, [[1, 2, 3], [4, 5, 6], list(range(7, 34)), [34, 35, 36]]),
     (3, 3, 9, 3): (19, [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18]]),
 }
 NINE_TRIPLES = [3, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 8, 8, 8, 9, 9, 9, 10, 10, 10, 11, 11, 11]
 GROUPED = {(3, 3, 27, 3): (13, [[1, 1, 1], [2, 2, 2], NINE_TRIPLES, [12, 12, 12]])}
-DECAY = {"atto": 0.9, "femto": 0.9, "pico": 0.9, "nano": 0.9, "tiny": 0.9, "base": 0.6, "large": 0.6, "huge": 0.6}
+DECAY = {"atto": 0.9, "femto": 0.9, "pico": 0.9, "nano": 0.9, "tiny": 0.9, "base": 0.6, "large": 0.6, "huge": 0.75}
 
 
 def convnext(size: str):
@@ -60,8 +61,8 @@ def expected_decay(name: str) -> float:
 @pytest.mark.parametrize("size", CONVNEXTV2_SIZES)
 def test_convnext(size):
     model, spec = convnext(size)
-    last, blocks = (SINGLE | GROUPED)[spec.depths]
-    grouped = spec.depths in GROUPED
+    grouped = size in ("base", "large")  # arXiv 2301.00808, appendix A.2
+    last, blocks = (GROUPED if grouped else SINGLE)[spec.depths]
     opening = [1, 2, 3, 12] if grouped else [ids[0] for ids in blocks]
     rows = found(model, spec, layer_decay=DECAY[size])
     assert set(rows) == {name for name, _ in model.named_parameters()}
@@ -75,7 +76,7 @@ def test_convnext(size):
             layer = blocks[int(stage)][int(block)] if kind == "blocks" else opening[int(stage)]
         assert scale == pytest.approx(DECAY[size] ** (last - layer), rel=1e-12), name
         assert decay == expected_decay(name), name
-    assert min(s for s, _ in rows.values()) == pytest.approx(0.6**13 if grouped else 0.9 ** (last - 1))
+    assert min(s for s, _ in rows.values()) == pytest.approx(DECAY[size] ** (13 if grouped else last - 1))
     assert rows["head.fc.weight"] == (1.0, 0.05) and rows["head.fc.bias"] == (1.0, 0.0)
 
 

@@ -63,7 +63,7 @@ CASES = [  # override, words of the message
     ("train.epochs=.inf train.steps=null", ["train.epochs=inf", "finite"]),
     ("data.source=sample model.in_chans=13", ["32 images in a row", "in_chans=13"]),
     ("mask.ratio=1.0e-17", ["masks none of the 4 regions"]),
-    ("model.image_size=-32", ["smallest is 32"]),
+    ("model.image_size=-32", ["whole number of pixels"]),
     ("train.accum_steps=2", ["batch of 16", "dataset of 12"]),
     ("train.effective_batch=12", ["effective_batch=12", "8 x 1"]),
     ("train.warmup_epochs=9", ["warmup_epochs=9"]),
@@ -164,10 +164,14 @@ def test_resume_from_what_is_no_checkpoint_of_this_run(place, tmp_path, capsys, 
 def test_a_folder_of_another_run_is_not_touched(place, tmp_path, capsys):
     source, out = f"data.source={place / 'pictures'}", tmp_path / "run"
     run(place / "config.yaml", source, f"out={out}")
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    def contents():
+        return {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    before = contents()
     error = refused(capsys, place / "config.yaml", source, f"out={out}", "train.lr=0.5", "mask.ratio=0.5")
     assert "holds another run (mask.ratio: 0.6 -> 0.5; train.lr: 0.001 -> 0.5)" in error and "out=" in error
     (out / "config.yaml").rename(tmp_path / "config.yaml")
     assert "no config.yaml" in refused(capsys, place / "config.yaml", source, f"out={out}")
     (tmp_path / "config.yaml").rename(out / "config.yaml")
-    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert before == contents()

@@ -17,7 +17,7 @@ from fcmae.layouts.convnext_spec import ConvNextSpec
 from fcmae.layouts.vit_spec import VitSpec
 from fcmae.models import create_model
 from fcmae.probe import main
-from labelled_runs import LAST, PLAIN, arguments, make_place, results, start
+from labelled_runs import LAST, PLAIN, arguments, assert_same_outcome, make_place, results, start
 from small_runs import final_state
 
 LINEAR = (
@@ -85,10 +85,10 @@ def test_the_curve_over_blocks(partial):
 
 
 def test_a_finished_probe_is_left_alone(place, partial):
-    before = {p: p.stat().st_mtime_ns for p in partial.glob("blocks_*/*")}
+    before = {p: p.stat().st_mtime_ns for p in partial.glob("blocks_*/[!.]*")}
     given = arguments(place, partial, *LINEAR, "probe.blocks=[0,0.5,1,2,5]", "--mode", "partial")
     assert main(given) == 0
-    assert before == {p: p.stat().st_mtime_ns for p in partial.glob("blocks_*/*")}
+    assert before == {p: p.stat().st_mtime_ns for p in partial.glob("blocks_*/[!.]*")}
 
 
 def test_timm_takes_a_linear_probe(place, linear):
@@ -221,14 +221,14 @@ def test_features_are_kept_as_long_as_they_hold(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_features(place, tmp_path):
+def test_processes_with_uneven_shares_find_the_same_features(place, tmp_path):
     assert main(arguments(place, tmp_path / "one", *KNN, "--mode", "knn")) == 0
-    process = start("fcmae.probe", arguments(place, tmp_path / "two", *KNN, "--mode", "knn"), processes=2)
+    process = start("fcmae.probe", arguments(place, tmp_path / "three", *KNN, "--mode", "knn"), processes=3)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors[-2000:]
-    assert json.loads((tmp_path / "one" / "results.json").read_text()) == results(tmp_path / "two")
+    assert json.loads((tmp_path / "one" / "results.json").read_text()) == results(tmp_path / "three")
     for path in (tmp_path / "one" / "features").iterdir():
-        ours, theirs = load_file(path), load_file(tmp_path / "two" / "features" / path.name)
+        ours, theirs = load_file(path), load_file(tmp_path / "three" / "features" / path.name)
         assert torch.equal(ours["labels"], theirs["labels"])
         torch.testing.assert_close(ours["features"], theirs["features"])
 
@@ -253,3 +253,21 @@ def test_linear_probing_on_two_processes(place, linear, tmp_path):
     ours, theirs = (final_state(out)["model"]["head.fc.0.running_mean"] for out in (tmp_path / "two", linear))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # the mean of halves is the mean
     assert changed(place, tmp_path / "two") == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_probe_resumes_to_the_same(place, tmp_path, processes):
+    """Statistics of BatchNorm included: what happens at a checkpoint changes nothing."""
+    more = (*LINEAR, "train.batch_size=4", "train.warmup_epochs=0.5", "data.workers=1", "--mode", "linear")
+    for name, every in (("whole", 100), ("parts", 3)):
+        process = start("fcmae.probe", arguments(place, tmp_path / name, f"checkpoint.every={every}", *more), processes)
+        assert process.communicate(timeout=200) and process.returncode == 0
+    parts = tmp_path / "parts"
+    (parts / "checkpoints" / "step_000000008.pt").unlink()
+    for name in ("results.json", LAST):
+        (parts / name).unlink()
+    process = start("fcmae.probe", arguments(place, parts, "checkpoint.every=3", *more), processes)
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0 and "going on from step 6" in said, errors[-2000:]
+    assert_same_outcome(parts, tmp_path / "whole")

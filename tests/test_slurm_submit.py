@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
-from fcmae.errors import UsageError
+from fcmae.errors import TryAgain, UsageError
 from fcmae.launch import lost_others
 from fcmae.train.agreement import check_alike, code_version
 from fcmae.train.lock import locked
 from fcmae.train.place import Place, find_place, first_host, tasks_on_node
 from slurm_cluster import ROOT
-from small_runs import CONFIG
+from slurm_cluster import submit as submitted
+from small_runs import CONFIG, assert_same_run, command, environment, make_pictures, metrics, run
 
 sys.path.insert(0, str(ROOT / "slurm"))
+import jobs  # noqa: E402
 import paths  # noqa: E402
 import requeue  # noqa: E402
 import submit  # noqa: E402
@@ -74,7 +82,7 @@ def test_the_command_line_wins_over_the_profile_and_that_over_the_defaults(place
     )
     text = shown(capsys, "--profile", "site.yaml", "--partition", "fast")
     assert "--partition=fast\n" in text and "--nodes=3\n" in text and "--time=60\n" in text
-    assert "\nmodule load x\n" in text and "#SBATCH --exclude=n7\n#SBATCH --exclusive\n" in text
+    assert "\nmodule load x\nset +e\n" in text and "#SBATCH --exclude=n7\n#SBATCH --exclusive\n" in text
 
 
 @pytest.mark.parametrize("name", ["example", "preemptible"])
@@ -105,6 +113,12 @@ REFUSED = [  # arguments, words of the message
     ("pretrain config.yaml out=run --array twice", ["two runs have out="]),
     ("pretrain config.yaml out=run --array words", ["'fast' is not of the form key=value"]),
     ("pretrain config.yaml out=run --array empty", ["no line of overrides"]),
+    ("pretrain config.yaml out=run --array quote", ["--array quote, line 2", "closing quotation"]),
+    ("pretrain config.yaml out=run --array bytes", ["--array bytes", "UTF-8"]),
+    ("pretrain bytes out=run", ["bytes is not valid YAML"]),
+    ("pretrain config.yaml out=null", ["out=FOLDER"]),
+    ("pretrain config.yaml out=run/50%", ["out=run/50% has %"]),
+    ("pretrain config.yaml out=${oc.env:HOME}/run", ["out=${oc.env:HOME}/run has ${"]),
     ("pretrain config.yaml out=run --local --nodes 2", ["--local", "--tasks-per-node"]),
     ("pretrain config.yaml out=config.yaml/run", ["cannot write into"]),
     ("pretrain config.yaml out=/dev/shm/fcmae/run", ["/dev/shm", "--not-shared"]),
@@ -117,6 +131,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(place, capsys, arguments, 
     (place / "twice").write_text("out=a\nout=a\n")
     (place / "words").write_text("train.lr=1 fast\n")
     (place / "empty").write_text("# none yet\n")
+    (place / "quote").write_text("train.lr=1\n'data.source=my pictures\n")
+    (place / "bytes").write_bytes(b"train.lr=\xff\n")
     before = sorted(p.name for p in place.iterdir())
     given = arguments.split() + ([] if "/dev/shm" in arguments else ["--not-shared"])
     assert submit.main(given) == 2
@@ -125,6 +141,47 @@ def test_bad_input_is_one_line_and_nothing_is_written(place, capsys, arguments, 
     for word in words:
         assert word in err
     assert sorted(p.name for p in place.iterdir()) == before
+
+
+def test_without_submitit_it_says_what_to_install(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)  # as if it were not there
+    for flag in ("--dry-run", "--local"):
+        assert submit.main(["pretrain", "config.yaml", "out=run", "--not-shared", flag]) == 2
+        assert capsys.readouterr().err == 'submit: error: submitit is not installed: pip install -e ".[slurm]"\n'
+
+
+def test_paths_that_are_none(place):
+    (place / "other.yaml").write_text("data: {source: sample, val: sample}\ninit: ${oc.env:HOME}/x.pt\nresume: null\n")
+    found = paths.absolute_overrides("other.yaml", ["data.train=hf://x", "data.labelled=~/y", "data.source=s3"])
+    own = [f"data.val={place}/sample", "data.train=hf://x", f"data.labelled={os.path.expanduser('~')}/y"]
+    assert found == [*own, f"data.source={place}/s3"]
+
+
+def test_a_plan_without_slurm_is_no_script(place, capsys):
+    text = shown(capsys, "data.source=sample", "--local", "--tasks-per-node", "2")
+    assert "#SBATCH" not in text and "2 ranks each" in text
+    assert f"python -m fcmae.pretrain {place}/config.yaml " in text
+
+
+def test_the_config_file_is_copied(place):
+    base, runs = submit.runs_of(submit.parse(["pretrain", "config.yaml", "out=run"]))
+    (base / "slurm").mkdir(parents=True)
+    (copied,) = jobs.with_own_config(base, runs)
+    before = (place / "config.yaml").read_bytes()
+    (place / "config.yaml").write_text("seed: 1\n")
+    (again,) = jobs.with_own_config(base, runs)
+    one, two = (open(r.launch.arguments[0], "rb").read() for r in (copied, again))
+    assert one == before and two == b"seed: 1\n" and copied.launch.arguments[1:] == runs[0].launch.arguments[1:]
+
+
+def test_the_environment_of_another_job_is_left_and_the_users_kept(monkeypatch):
+    for key in ("SLURM_PROCID", "RANK", "MASTER_PORT", "WORLD_SIZE", "LOCAL_RANK", "SLURM_CLUSTERS", "SLURM_JWT"):
+        monkeypatch.setenv(key, "1")
+    jobs.leave_job()
+    assert {key for key in os.environ if key.startswith(("SLURM_", "RANK", "MASTER_", "WORLD", "LOCAL_RANK"))} <= {
+        "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_CONF",
+    }  # fmt: skip
+    assert os.environ["SLURM_JWT"] == "1"
 
 
 MOUNTS = """overlay / overlay rw 0 0
@@ -150,6 +207,8 @@ def test_a_process_finds_its_place():
     step |= {"SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_CPUS_PER_TASK": "3"}
     assert find_place(step) == Place("SLURM", 5, 6, 1, 2, "tcp://gpu07:22345", 3)
     assert find_place(step | {"SLURM_RESTART_COUNT": "1"}).address == "tcp://gpu07:22446"
+    # Not one core where SLURM says nothing of cores.
+    assert find_place({k: v for k, v in step.items() if k != "SLURM_CPUS_PER_TASK"}).cores is None
     # In a batch script, which srun did not start: one process, whatever SLURM_NTASKS says.
     assert find_place({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == Place("none")
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
@@ -157,6 +216,18 @@ def test_a_process_finds_its_place():
     local = {"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_JOB_ID": "77"}
     assert find_place(local) == Place("submitit", 1, 2, 1, 2, "tcp://127.0.0.1:20077")
     assert find_place({}) == Place("none")
+
+
+def test_a_shell_of_srun_with_a_terminal_is_alone_and_the_steps_it_starts_are_not():
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "SLURM_PTY_PORT": "40000"}
+    step |= {"SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": "5"}
+    ask = [sys.executable, "-c", f"from fcmae.train.place import find_place; print(find_place({step}).size)"]
+    in_terminal = [sys.executable, "-c", f"import pty; pty.spawn({ask})"]
+    for line, size in ((in_terminal, "1"), (ask, "4")):
+        done = subprocess.run(
+            line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, start_new_session=True
+        )
+        assert re.findall(r"\d", done.stdout) == [size], done
 
 
 def test_lists_as_slurm_writes_them():
@@ -185,30 +256,197 @@ def test_watch_reads_the_files_of_a_run_without_slurm(tmp_path, capsys):
     assert watch.main([str(tmp_path / "none")]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_watch_is_not_misled_by_a_second_copy_that_was_refused(tmp_path, capsys):
+    logs = tmp_path / "slurm"
+    logs.mkdir()
+    both = [{"job": job, "logs": str(logs), "ranks": 1, "task": "pretrain"} for job in ("71", "72")]
+    (logs / "jobs.json").write_text(json.dumps(both))
+    (logs / "71_0_log.out").write_text("step 1\n")
+    (logs / "72_0_log.out").write_text("refused\n")
+    (logs / "72_0_failed").write_text("2\n")
+    assert watch.main([str(tmp_path)]) == 0
+    assert "job 72 failed on rank 0" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.1, "images": 8, "loss": 0.5}\n')
+    (tmp_path / "times.jsonl").write_text('{"step": 1, "seconds": 0.25}\n')
+    assert watch.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path}: running, step 1" in said and "[rank 0] step 1" in said and "refused" not in said
+
+
+def test_watch_shows_the_logs_of_every_run_of_a_sweep(tmp_path, capsys):
+    logs = tmp_path / "slurm"
+    logs.mkdir()
+    for number in range(2):
+        (tmp_path / str(number) / "slurm").mkdir(parents=True)
+        told = {"job": f"5_{number}", "logs": str(logs), "ranks": 1, "task": "pretrain"}
+        (tmp_path / str(number) / "slurm" / "jobs.json").write_text(json.dumps([told]))
+        (logs / f"5_{number}_0_log.out").write_text(f"hello from {number}\n")
+    assert watch.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split("] ")[-1] for line in said if "hello" in line] == ["hello from 0", "hello from 1"]
+    assert said[0].startswith(str(tmp_path / "0")) and "hello from 0" in said[1]
+
+
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
 from fcmae.train.lock import locked
 held = locked(Path(sys.argv[1]))
 print("held", flush=True)
-time.sleep(float(sys.argv[2]))
+sys.stdin.read()
 """
 
 
-def test_a_requeued_job_waits_for_its_former_self_and_no_other_does(tmp_path, monkeypatch):
+@pytest.fixture
+def holder(tmp_path, monkeypatch):
+    """Call it to have a file locked by another process, of job 7's first start, until its stdin is closed."""
+    started = []
+
+    def hold(path):
+        env = {**os.environ, "SLURM_JOB_ID": "7"}
+        env.pop("SLURM_RESTART_COUNT", None)
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(path)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in started:
+        process.stdin.close()
+        process.wait(30)
+        process.stdout.close()
+
+
+def test_a_requeued_job_waits_for_its_former_self_and_no_other_does(tmp_path, monkeypatch, capsys, holder):
     path = tmp_path / ".lock"
-    env = {**os.environ, "SLURM_JOB_ID": "7"}
-    command = [sys.executable, "-c", HOLDER, str(path), "3"]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        for job, restarts in (("8", "1"), ("7", "0")):
-            monkeypatch.setenv("SLURM_JOB_ID", job)
-            monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-            with pytest.raises(UsageError, match="another process is running in .* SLURM job 7"):
-                locked(path, wait=60)
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        with locked(path, wait=60):
-            assert path.read_text().endswith(", SLURM job 7\n") and f"process {os.getpid()}" in path.read_text()
+    other = holder(path)
+    for job, restarts in (("8", "1"), ("7", "0")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with pytest.raises(UsageError, match="another process is running in .* SLURM job 7"):
+            locked(path, wait=60)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(TryAgain, match="former start .* SLURM job 7"):  # whose machine is lost: no error of the user's
+        locked(path, wait=0)
+    threading.Timer(0.5, other.stdin.close).start()
+    with locked(path, wait=60):
+        assert path.read_text().endswith(", SLURM job 7\n") and f"process {os.getpid()}" in path.read_text()
+    assert "waiting for this job's former start" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_what_its_former_self_saved_last(tmp_path, holder):
+    """Its last checkpoint appears while the new start waits for the lock; that start reads it, and keeps it."""
+    source, out = f"data.source={make_pictures(tmp_path / 'pictures')}", tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    arguments = (tmp_path / "config.yaml", source, f"out={out}", "checkpoint.every=2", "checkpoint.keep_last=3")
+    run(*arguments, "train.steps=6")
+    (out / "encoder.safetensors").unlink()
+    last, aside = out / "checkpoints" / "step_000000006.pt", tmp_path / "aside.pt"
+    shutil.move(last, aside)
+    other = holder(out / ".lock")
+    env = {**environment(), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    with subprocess.Popen(
+        command(*arguments, "train.steps=6"), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as again:
+        lines = iter(again.stdout.readline, "")
+        assert any("waiting for this job's former start" in line for line in lines)
+        shutil.move(aside, last)
+        other.stdin.close()
+        assert "going on from step 6 of 6" in again.stdout.read()
+    assert again.returncode == 0 and last.exists() and (out / "encoder.safetensors").exists()
+
+
+def test_a_rank_that_ran_out_of_patience_with_its_former_self_asks_to_be_started_again(tmp_path):
+    """Status 75 through every layer of a command, which a job's script takes for a reason to requeue."""
+    from fcmae.cli import run_command
+    from fcmae.schema import Config
+
+    def refuse(config):
+        raise TryAgain("not yet")
+
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    assert run_command("fcmae.pretrain", Config, refuse, [str(tmp_path / "config.yaml")]) == 75
+
+
+@pytest.fixture
+def local(tmp_path):
+    """What submit.py is told for a small run of two ranks here."""
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("steps: 60, batch_size: 8", "steps: 6, batch_size: 4"))
+    source = make_pictures(tmp_path / "pictures")
+    return [
+        "pretrain", str(tmp_path / "config.yaml"), f"data.source={source}", f"out={tmp_path / 'run'}",
+        "--local", "--tasks-per-node", "2", "--cpus-per-task", "1",
+    ]  # fmt: skip
+
+
+def test_local_is_the_run_that_torchrun_starts(local, tmp_path):
+    (tmp_path / "profile.yaml").write_text("setup: [export FROM_PROFILE=1]\n")
+    done = submitted(*local, "--profile", str(tmp_path / "profile.yaml"))
+    assert done.returncode == 0, done.stderr
+    run(tmp_path / "config.yaml", local[2], f"out={tmp_path / 'other'}", processes=2)
+    assert_same_run(tmp_path / "run", tmp_path / "other")
+    assert not list((tmp_path / "run" / "slurm").glob("*_running"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["error", "killed"])
+def test_a_rank_that_ends_ends_the_others_here_too(local, tmp_path, how):
+    """Rank 1 fails, or dies, before it meets rank 0, which would wait for it for half an hour."""
+    act = {"error": "raise ArithmeticError('nothing adds up')", "killed": "os.kill(os.getpid(), 9)"}[how]
+    (tmp_path / "breaks").mkdir()
+    (tmp_path / "breaks" / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('SUBMITIT_LOCAL_GLOBALID') == '1':\n"
+        "    import torch.distributed as dist\n"
+        f"    def meet(*_, **__): {act}\n"
+        "    dist.init_process_group = meet\n"
+    )
+    (tmp_path / "profile.yaml").write_text(f"setup: [export PYTHONPATH={tmp_path / 'breaks'}]\n")
+    done = submitted(*local, "--profile", str(tmp_path / "profile.yaml"))  # gives up after 5 minutes
+    assert done.returncode == 1 and "did not end well" in done.stderr
+    (log,) = (tmp_path / "run" / "slurm").glob("*_0_log.out")
+    assert "fcmae.pretrain: error: rank 1 ended" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_saves_a_run_that_is_here(local, tmp_path, number):
+    """Ctrl-C reaches every process of the terminal, SIGTERM the command alone, also with a profile's setup."""
+    (tmp_path / "profile.yaml").write_text("setup: [export FROM_PROFILE=1]\n")
+    out = tmp_path / "run"
+    started = [sys.executable, str(ROOT / "slurm" / "submit.py"), *local, "train.steps=100000"]
+    with subprocess.Popen(
+        [*started, "--profile", str(tmp_path / "profile.yaml")], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        env=environment(), text=True, start_new_session=True,
+    ) as job:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 3:
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.1)
+        if number == signal.SIGINT:
+            os.killpg(job.pid, number)
+        else:
+            job.send_signal(number)
+        said = job.communicate(timeout=120)[1]
+    assert job.returncode == 128 + number and "is saved; the same command goes on" in said, said
+    assert list((out / "checkpoints").glob("step_*.pt"))
+
+
+def test_the_users_gpus_are_the_runs(local, monkeypatch, capsys):
+    import here
+    from options import Resources
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5,3,1")
+    found = here.python_here(Resources(setup=["export A=1"]), 2)
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['A'])"
+    assert (
+        subprocess.run(["bash", "-c", f'{found} -c "{code}"'], capture_output=True, text=True).stdout == "GPU-5,3 1\n"
+    )
+    assert submit.main([*local, "--gpus-per-node", "4"]) == 2
+    assert "CUDA_VISIBLE_DEVICES=GPU-5,3,1 names 3" in capsys.readouterr().err
 
 
 def test_starts_without_a_new_checkpoint_are_counted(tmp_path):
@@ -240,3 +478,28 @@ def test_which_errors_mean_that_others_are_gone():
     assert lost_others(RuntimeError("[.../gloo/transport/tcp/pair.cc:545] Connection closed by peer"))
     assert lost_others(torch.distributed.DistNetworkError("no route"))
     assert not lost_others(RuntimeError("shapes do not match")) and not lost_others(ValueError("gloo"))
+
+
+def test_the_end_of_a_script_is_for_python_3_6():
+    text = (ROOT / "slurm" / "requeue.py").read_text()
+    tree = ast.parse(text, feature_version=(3, 6))
+    imported = {a.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    assert imported <= {"argparse", "json", "os", "subprocess", "sys", "time", "Path"}  # not `annotations`, of 3.7
+    named = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    assert not named & {"capture_output", "text", "missing_ok"}  # later than 3.6
+
+
+def test_when_slurm_does_not_answer_the_run_is_not_given_up_silently(tmp_path, monkeypatch, capsys):
+    """Neither squeue nor scontrol is there to be had; srun itself had failed, no rank had said anything."""
+    for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(requeue, "PAUSE", 0)
+    line = ["requeue", "--run", str(tmp_path), "--logs", str(tmp_path), "--status", "1", "--restarts", "2"]
+    monkeypatch.setattr(sys, "argv", line)
+    assert requeue.main() == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and said[0].startswith("slurm: squeue does not answer: ")
+    assert said[1] == "slurm: requeued after status 1" and said[2].startswith("slurm: not requeued after all, SLURM re")
+    assert requeue.main() == 1 and "2 starts in a row wrote no new checkpoint" in capsys.readouterr().out

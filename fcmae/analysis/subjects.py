@@ -20,7 +20,7 @@ from fcmae.masking import grid_size
 from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.models.mae import MAE
 from fcmae.models.support import MINKOWSKI
-from fcmae.pretrain import build_model, image_size
+from fcmae.pretrain import build_model
 from fcmae.schema import Config
 from fcmae.train.init import start_from
 from fcmae.weights import CHECKPOINT, Weights, load_tensors, read_weights
@@ -130,7 +130,7 @@ def _build(config: Config, size: tuple[int, int] | None) -> MaskedAutoencoder:
     config = copy.deepcopy(config)
     if config.sparse.backend == MINKOWSKI:
         config.sparse.backend = "auto"
-    config.model.image_size = list(size or image_size(config))
+    config.model.image_size = list(size or settings.sides(config.model.image_size))
     return build_model(config)
 
 

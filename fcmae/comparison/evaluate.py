@@ -213,7 +213,7 @@ def _representations(
     found["unreadable"] = bad + worse
     for name, state in each:
         x, y, classes = train[name, state], val[name, state], len(labelled.classes)
-        nearest = representation.knn(x, train_labels, y, classes, e.neighbours, e.temperature)
+        [nearest] = representation.knn(x, train_labels, y, classes, [e.neighbours], e.temperature).values()
         linear = representation.probe(x, train_labels, y, classes, e.decay)
         found[name][state] |= {
             "knn": representation.accuracy(nearest, val_labels),

@@ -96,7 +96,7 @@ class CompareConfig:
 
 # What may change when a comparison goes on: as of any run, but for what makes its arms faster or slower, and what is
 # only done once they are trained. The arms' own settings are held against their own folders.
-_PACE = ("device", "train.batch_size", "train.accum_steps", "train.compile", "sparse.backend")
+_PACE = ("device", "train.batch_size", "train.accum_steps", "train.compile", "train.sharding", "sparse.backend")
 FREE_KEYS = (
     *(key for key in settings.FREE_KEYS if key not in _PACE), "time_to_loss", "data.labelled",
     *(f"evaluate.{f.name}" for f in fields(EvaluateConfig)),

@@ -93,7 +93,7 @@ def make_loader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # Without its own generator the loader would draw from the global one, which a resumed run restores.
         generator=torch.Generator(),
     )
@@ -106,7 +106,7 @@ def collate(items: list[dict]) -> dict[str, Tensor | list[str]]:
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """Leave it to the parent when to stop: Ctrl-C, SLURM and submitit signal every process of a job, but the
     parent still needs the batches to finish its step and save, and its handlers must not run in a worker."""
     torch.set_num_threads(1)

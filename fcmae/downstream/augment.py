@@ -53,6 +53,8 @@ class _RandAugment:
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2 import functional as F
 
+        if image.is_floating_point():  # a bicubic crop overshoots, and 8 bits wrap around
+            image = image.clamp(0, 1)
         image = F.to_dtype(image, torch.uint8, scale=True)
         return F.pil_to_tensor(self.augment(F.to_pil_image(image)))
 

@@ -9,7 +9,7 @@ from fcmae.errors import UsageError
 from fcmae.train import checks
 
 MODES = ("linear", "partial", "knn")
-_RANDAUGMENT = re.compile(r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t\w+))*")
+_RANDAUGMENT = re.compile(r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t\w+))*")
 
 
 def check(config: DownstreamConfig, training: bool = True) -> None:
@@ -64,6 +64,8 @@ def check(config: DownstreamConfig, training: bool = True) -> None:
              "whole numbers of blocks, or 0.5 for the last one's MLP"),
             (len(set(p.blocks)) == len(p.blocks), "probe.blocks", "each number once"),
             (p.neighbours and min(p.neighbours, default=0) >= 1, "probe.neighbours", "numbers of 1 or more"),
+            (not p.batch_norm or p.mode == "knn" or train.batch_size >= 2, "train.batch_size",
+             "2 or more: BatchNorm needs more than one image"),
             (p.temperature > 0, "probe.temperature", "more than 0"),
             (p.decay >= 0, "probe.decay", "0 or more"),
         ]  # fmt: skip

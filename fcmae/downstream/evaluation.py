@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,8 +79,9 @@ class Tally:
         pairs = zip(self.right.tolist(), self.totals.tolist(), strict=True)
         return [right / total if total else None for right, total in pairs]
 
-    def scores(self) -> dict[str, float]:
-        """Top-1, its standard error, top-5, the mean over classes of each one's share that is right, the mean loss.
+    def scores(self) -> dict[str, float | None]:
+        """Top-1, its standard error, top-5, the mean over classes of each one's share that is right, the mean loss
+        (None where it is not finite).
 
         Raises UsageError when no image could be read.
         """
@@ -93,7 +95,7 @@ class Tally:
             "standard_error": (top1 * (1 - top1) / count) ** 0.5,
             "top5": self.top5 / count,
             "balanced": sum(seen) / len(seen),
-            "loss": self.loss / count,
+            "loss": self.loss / count if math.isfinite(self.loss) else None,
             "images": count,
             "unreadable": self.unreadable,
         }

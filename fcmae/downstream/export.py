@@ -14,6 +14,7 @@ from fcmae.downstream.evaluation import Tally
 from fcmae.downstream.settings import DownstreamConfig, crop_pct, image_size
 from fcmae.downstream.start import Start
 from fcmae.files import write_whole
+from fcmae.models.layers import LAYER_SCALE
 from fcmae.pictures import empty_figure
 from fcmae.weights import write_safetensors
 
@@ -40,7 +41,10 @@ def write_classifier(
     if config.model.in_chans != 3:
         arguments["in_chans"] = config.model.in_chans
     if start.is_vit:
-        arguments |= {"img_size": list(size), "global_pool": config.model.pool}
+        heads = start.spec.running_heads
+        arguments |= {"img_size": list(size), "global_pool": config.model.pool, "num_heads": heads}
+    elif start.spec.block_norm == "none":
+        arguments |= {"use_grn": False, "ls_init_value": LAYER_SCALE}
     about = {
         "format": FORMAT,
         "model": start.spec.name,
@@ -59,15 +63,15 @@ def write_classifier(
     write_json(path.with_suffix(".json"), about)
 
 
-def write_tables(folder: Path, tally: Tally, classes: list[str], found: dict) -> None:
-    """per_class.json and confusion.png of the validation with the results `found`."""
+def write_tables(folder: Path, tally: Tally, classes: list[str], found: dict, prefix: str = "") -> None:
+    """per_class.json and confusion.png, behind a prefix, of the validation with the results `found`."""
     rows = {
         name: {"images": total, "accuracy": share}
         for name, total, share in zip(classes, tally.totals.tolist(), tally.per_class(), strict=True)
     }
-    write_json(folder / "per_class.json", {"of": found, "classes": rows})
+    write_json(folder / f"{prefix}per_class.json", {"of": found, "classes": rows})
     if tally.table is not None and len(classes) <= MOST_DRAWN:
-        draw_confusion(folder / "confusion.png", tally.table, classes, f"top-1 {100 * found['top1']:.2f} %")
+        draw_confusion(folder / f"{prefix}confusion.png", tally.table, classes, f"top-1 {100 * found['top1']:.2f} %")
 
 
 def draw_confusion(path: Path, table: Tensor, classes: list[str], title: str) -> None:

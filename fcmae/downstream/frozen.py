@@ -63,11 +63,14 @@ class Frozen:
         for module in self._resting:
             module.training = False
 
+    def moved(self) -> list[str]:
+        """The frozen tensors that are not, bit for bit, what they were."""
+        after = self._digests()
+        return [name for name, digest in self._before.items() if after.get(name) != digest]
+
     def check(self) -> None:
         """Raises RuntimeError unless every frozen tensor is what it was, bit for bit."""
-        after = self._digests()
-        moved = [name for name, digest in self._before.items() if after.get(name) != digest]
-        if moved:
+        if moved := self.moved():
             raise RuntimeError(f"{len(moved)} frozen tensors have changed, the first: {moved[0]}")
 
     def _is_trained(self, name: str) -> bool:

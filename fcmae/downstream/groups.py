@@ -14,15 +14,16 @@ from fcmae.layouts.sizes import Spec
 from fcmae.train.optim import adamw
 
 GROUP = 3  # blocks of stage 3 to a layer in the scheme `group`
-DEEP = 27  # stage-3 depth of the sizes for which `group` is published
+# `group` is published for sizes of this stage-3 depth, base and large, but not for one as wide as huge (appendix A.2).
+DEEP, WIDE = 27, 352
 
 
 def scheme_of(spec: Spec, train: DownstreamTrain) -> str:
-    """The scheme in use: as set, or as published for such depths. Raises UsageError for groups of a ViT."""
+    """The scheme in use: as set, or as published for such sizes. Raises UsageError for groups of a ViT."""
     convnext = isinstance(spec, ConvNextSpec)
     if train.layer_decay_scheme == "group" and not convnext:
         raise UsageError("train.layer_decay_scheme=group is for ConvNets; a ViT decays per block")
-    published = "group" if convnext and spec.depths[2] >= DEEP else "block"
+    published = "group" if convnext and spec.depths[2] >= DEEP and spec.dims[0] < WIDE else "block"
     return train.layer_decay_scheme or published
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
 
 import torch
 from torch import nn
 
 import fcmae
+from fcmae.cli import interpreter
 from fcmae.downstream.groups import scheme_of
 from fcmae.downstream.labelled import Labelled
 from fcmae.downstream.settings import DownstreamConfig, image_size
@@ -57,8 +55,7 @@ def describe_run(
 
 def next_commands(config: DownstreamConfig, folder: RunFolder) -> str:
     """The result and what a user may type next."""
-    on_path = shutil.which("python")
-    python = "python" if on_path and os.path.samefile(on_path, sys.executable) else os.path.relpath(sys.executable)
+    python = interpreter()
     found = json.loads(folder.results.read_text())
     ema = f", {100 * found['ema']['top1']:.2f} % of the average" if found["ema"] else ""
     best, out = found["best"], folder.path

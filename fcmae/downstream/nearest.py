@@ -21,6 +21,8 @@ from fcmae.pretrain import worker_count
 from fcmae.train.distributed import World
 from fcmae.weights import load_tensors, write_safetensors
 
+MOST = 10**10  # multiplications of one of the regression's 200 evaluations or more: minutes on a CPU
+
 
 def encode(model: nn.Module, pool: str, images: Tensor) -> Tensor:
     """Images (B, C, H, W) to features (B, D): the mean over positions, or of a ViT with pool=token the class token."""
@@ -52,20 +54,19 @@ def cached_features(
     return found
 
 
-def measure(found: dict[str, tuple[Tensor, Tensor, int]], classes: int, config: ProbeConfig) -> dict[str, dict]:
+def measure(
+    found: dict[str, tuple[Tensor, Tensor, int]], classes: int, config: ProbeConfig, device: torch.device
+) -> dict[str, dict]:
     """Accuracies on the validation features of kNN with each number of neighbours and of logistic regression.
 
-    Raises UsageError when a part has no image that could be read.
+    Of more features times classes than MOST the latter is left out: linear probing is for that.
     """
     (x, labels, _), (y, truth, _), p = found["train"], found["val"], config.probe
-    for part in ("train", "val"):
-        if not len(found[part][1]):
-            raise UsageError(f"no image of data.{part} could be read")
-    rows = {
-        f"knn_{k}": representation.accuracy(representation.knn(x, labels, y, classes, k, p.temperature), truth)
-        for k in p.neighbours
-    }
-    return rows | {"logistic": representation.accuracy(representation.probe(x, labels, y, classes, p.decay), truth)}
+    votes = representation.knn(x, labels, y, classes, p.neighbours, p.temperature, device)
+    rows = {f"knn_{k}": representation.accuracy(taken, truth) for k, taken in votes.items()}
+    if x.numel() * classes <= MOST:
+        rows["logistic"] = representation.accuracy(representation.probe(x, labels, y, classes, p.decay), truth)
+    return rows
 
 
 def _extract(model: nn.Module, config: ProbeConfig, files: list[tuple[str, int]], path: Path, world: World) -> None:
@@ -82,6 +83,10 @@ def _extract(model: nn.Module, config: ProbeConfig, files: list[tuple[str, int]]
         shares = [path.with_name(f".{path.stem}.rank{r}.safetensors") for r in range(world.size)]
         parts = [load_file(share) for share in shares]
         width = max(part["features"].shape[1] for part in parts)
+        for share in shares:
+            share.unlink()
+        if not width:
+            raise UsageError(f"no image of data.{path.stem.split('_')[0]} could be read")
         whole = [part["features"].reshape(-1, width) for part in parts]
         write_safetensors(
             path,
@@ -91,8 +96,6 @@ def _extract(model: nn.Module, config: ProbeConfig, files: list[tuple[str, int]]
                 "unreadable": sum(part["unreadable"] for part in parts),
             },
         )
-        for share in shares:
-            share.unlink()
 
     world.on_main(join)
 

@@ -3,12 +3,14 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from fcmae.data.loader import start_worker
 
 
 def pooled(encoded: Tensor) -> Tensor:
@@ -46,20 +48,33 @@ def features(
 def loader(dataset, batch_size: int, workers: int) -> DataLoader:
     """Batches in the dataset's order."""
     # Its own generator: the loader would draw from the global one, whose state belongs to training.
-    return DataLoader(dataset, batch_size, num_workers=workers, generator=torch.Generator())
+    own = torch.Generator()
+    return DataLoader(dataset, batch_size, num_workers=workers, generator=own, worker_init_fn=start_worker)
 
 
-def knn(train: Tensor, labels: Tensor, val: Tensor, classes: int, neighbours: int, temperature: float) -> Tensor:
-    """The class (M,) of each val feature (M, D): its `neighbours` nearest of train (N, D) by cosine vote with the
-    weight exp(cosine / temperature) (arXiv 1805.01978 §3.4)."""
-    train, val = F.normalize(train.double(), dim=1), F.normalize(val.double(), dim=1)
-    found = []
-    for part in val.split(1024):
-        cosine, nearest = (part @ train.T).topk(min(neighbours, len(train)), dim=1)
-        votes = torch.zeros(len(part), classes, dtype=torch.float64)
-        votes.scatter_add_(1, labels[nearest], ((cosine - cosine[:, :1]) / temperature).exp())
-        found.append(votes.argmax(1))
-    return torch.cat(found)
+def knn(
+    train: Tensor,
+    labels: Tensor,
+    val: Tensor,
+    classes: int,
+    neighbours: Sequence[int],
+    temperature: float,
+    device: torch.device | str = "cpu",
+) -> dict[int, Tensor]:
+    """For each number k of neighbours the class (M,) of each val feature (M, D): its k nearest of train (N, D) by
+    cosine vote with the weight exp(cosine / temperature) (arXiv 1805.01978 §3.4); in float64 on a CPU."""
+    device = torch.device(device)
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    train, val = (F.normalize(x.to(device, dtype), dim=1) for x in (train, val))
+    labels, found = labels.to(device), {k: [] for k in neighbours}
+    for part in val.split(max(1, 2**26 // len(train))):
+        cosine, nearest = (part @ train.T).topk(min(max(neighbours), len(train)), dim=1)
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()
+        for k, taken in found.items():
+            votes = torch.zeros(len(part), classes, dtype=dtype, device=device)
+            votes.scatter_add_(1, labels[nearest[:, :k]], weight[:, :k])
+            taken.append(votes.argmax(1).cpu())
+    return {k: torch.cat(taken) for k, taken in found.items()}
 
 
 def probe(train: Tensor, labels: Tensor, val: Tensor, classes: int, decay: float) -> Tensor:

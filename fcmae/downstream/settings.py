@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae.errors import UsageError
+from fcmae import config as settings
 from fcmae.schema import CheckpointConfig, TrainConfig, setting
 
 
 @dataclass
 class DownstreamModel:
     name: str | None = setting(None, "timm's name, e.g. convnextv2_base or vit_base_patch16_224; null: what init holds")
-    image_size: Any = setting(224, "pixels: one number or [height, width]; of a ViT multiples of its patch",
-                              "int | [int, int]")  # fmt: skip
+    image_size: Any = setting(
+        None, "pixels: one number or [height, width], of a ViT multiples of its patch; null: 224, or to validate only "
+        "what a fine-tuned init has", "int | [int, int] | null",
+    )  # fmt: skip
     in_chans: int = setting(3, "image channels")
     classes: int | None = setting(None, "classes that there must be; null: as many as data.train has")
     pool: str = setting("avg", "ViT: the classifier sees the mean of the patches (avg) or the class token (token)")
@@ -56,7 +58,7 @@ class DownstreamTrain(TrainConfig):
     optimizer: str = setting("adamw", "adamw or lars")
     layer_decay: float | None = setting(None, "lr of a layer = lr * this ** (layers above it); null: the same for all")
     layer_decay_scheme: str | None = setting(
-        None, "block: a layer is a block; group: three blocks, of ConvNets; null: as published for such depths"
+        None, "block: a layer is a block; group: three blocks, of ConvNets; null: as published for such sizes"
     )
     label_smoothing: float = setting(0.0, "share of a label that is spread over all classes")
 
@@ -141,6 +143,22 @@ BRANCH_KEYS = (
 )  # fmt: skip
 
 
+def free_keys(config: DownstreamConfig) -> tuple[str, ...]:
+    """What a resumed run may change."""
+    return _allowed(config, FREE_KEYS)
+
+
+def branch_keys(config: DownstreamConfig) -> tuple[str, ...]:
+    """What a run branched off another's checkpoint may change."""
+    return _allowed(config, BRANCH_KEYS)
+
+
+def _allowed(config: DownstreamConfig, keys: tuple[str, ...]) -> tuple[str, ...]:
+    # BatchNorm makes the images of a pass one computation.
+    together = isinstance(config, ProbeConfig) and config.probe.mode != "knn" and config.probe.batch_norm
+    return tuple(key for key in keys if not (together and key in ("train.batch_size", "train.accum_steps")))
+
+
 def crop_pct(config: DownstreamConfig, size: tuple[int, int]) -> float:
     """The validation crop's share of the scaled image, as MAE's code has it where data.crop_pct is null."""
     if config.data.crop_pct is not None:
@@ -150,8 +168,4 @@ def crop_pct(config: DownstreamConfig, size: tuple[int, int]) -> float:
 
 def image_size(config: DownstreamConfig) -> tuple[int, int]:
     """(H, W) in pixels. Raises UsageError unless model.image_size is one whole number or two."""
-    value = config.model.image_size
-    pair = [value, value] if isinstance(value, int) else value
-    if not isinstance(pair, list) or len(pair) != 2 or not all(type(v) is int and v >= 1 for v in pair):
-        raise UsageError(f"model.image_size={value} must be a whole number of pixels or [height, width]")
-    return pair[0], pair[1]
+    return settings.sides(224 if config.model.image_size is None else config.model.image_size)

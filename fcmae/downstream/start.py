@@ -51,7 +51,8 @@ def find_start(config: DownstreamConfig) -> Start:
         return _random(config)
     source = config.init or config.resume  # whose weights a checkpoint brings itself; this tells the model
     path = best_file(Path(source))
-    weights = read_weights(path)
+    about = _about(path)
+    weights = read_weights(path, told=_told(about))
     spec, name = weights.spec, config.model.name
     if name is not None:
         _known(name)
@@ -63,7 +64,7 @@ def find_start(config: DownstreamConfig) -> Start:
             f"python -m fcmae.convert {source} DST --in-chans {config.model.in_chans} makes a stem for it"
         )
     kept = {key: x.float() for key, x in weights.ours.items() if spec.part(key) != "decoder"}
-    return Start(dataclasses.replace(spec, decoder=None), kept, _about(path), f"encoder from {path}")
+    return Start(dataclasses.replace(spec, decoder=None), kept, about, f"encoder from {path}")
 
 
 def build(start: Start, classes: int, config: DownstreamConfig) -> nn.Module:
@@ -143,6 +144,14 @@ def best_file(path: Path) -> Path:
             raise UsageError(f"{path} is a run without a validation yet; it has no best.safetensors")
         return best
     return path
+
+
+def _told(about: dict) -> Told:
+    """What no tensor of a fine-tuned ViT tells."""
+    arguments = about.get("timm", {})
+    if "img_size" not in arguments:
+        return Told()
+    return Told(arguments.get("num_heads"), None, tuple(arguments["img_size"]))
 
 
 def _about(path: Path) -> dict:

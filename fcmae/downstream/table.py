@@ -7,24 +7,21 @@ import sys
 from pathlib import Path
 
 from fcmae.errors import UsageError
-from fcmae.files import write_whole
 from fcmae.train.run_folder import RunFolder
 
 HEAD = "| run | init | epochs | labels | top-1 | EMA top-1 | balanced | gain over scratch |"
 
 
 def command(runs: list[str]) -> int:
-    """Print and write the table of runs, table.md beside the first one; the exit status."""
+    """Print the table of runs; the exit status."""
     try:
         if not runs:
             raise UsageError("--table needs the folders of finished runs: --table RUN RUN ...")
         text = markdown([read(Path(run)) for run in runs])
-        path = Path(runs[0]).resolve().parent / "table.md"
-        write_whole(path, lambda file: file.write(text.encode()))
     except (UsageError, OSError) as error:
         print(f"fcmae.finetune: error: {error}", file=sys.stderr)
         return 2
-    print(f"{text}\nwritten to {path}")
+    print(text, end="")
     return 0
 
 

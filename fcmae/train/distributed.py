@@ -18,8 +18,9 @@ from fcmae.train.place import find_place
 
 T = TypeVar("T")
 
-# How long a process waits for the others. A dead one is noticed at once, by its launcher; this is for one that hangs,
-# and longer than rank 0 takes for anything that the others wait for, such as indexing the shards of a large dataset.
+# How long a process waits for the others. A dead one is noticed within seconds: by srun or torchrun, which end the
+# others, or under submitit's local executor by the others (fcmae/launch.py). This is for one that hangs; longer than
+# rank 0 takes for anything that the others wait for, such as indexing the shards of a large dataset.
 PATIENCE = datetime.timedelta(minutes=30)
 
 
@@ -64,11 +65,11 @@ class World:
             try:
                 outcome[0] = work()
             except (UsageError, OSError) as error:
-                outcome[1] = str(error)
+                outcome[1] = error if isinstance(error, UsageError) else UsageError(str(error))
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise UsageError(outcome[1])
+            raise outcome[1]
         return outcome[0]
 
     def main_first(self, work: Callable[[], T]) -> T:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-
 import timm
 import torch
 
 import fcmae
+from fcmae.cli import interpreter
 from fcmae.masking import grid_size, keep_count
 from fcmae.models import find_model
 from fcmae.models.autoencoder import MaskedAutoencoder
@@ -54,8 +51,7 @@ def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, w
 
 def next_commands(config: Config, model: MaskedAutoencoder, folder: RunFolder) -> str:
     """What a user may type next."""
-    on_path = shutil.which("python")
-    python = "python" if on_path and os.path.samefile(on_path, sys.executable) else os.path.relpath(sys.executable)
+    python = interpreter()
     lines = [f"done: {folder.path}", f"look:      {folder.path}/loss.png, {folder.pictures}/"]
     if config.log.tensorboard:
         lines.append(f"           {python} -m tensorboard.main --logdir {folder.path / 'tensorboard'}")

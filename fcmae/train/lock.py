@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from fcmae.errors import UsageError
+from fcmae.errors import TryAgain, UsageError
 
 # What a requeued job waits at most for the lock of its own former start: file servers keep the locks of a machine that
 # vanished for a while, NFS 4 for 90 seconds.
@@ -23,19 +23,29 @@ def locked(path: Path, wait: float = WAIT_SECONDS) -> IO:
     The lock is POSIX's (fcntl). Between machines it holds where the file system passes such locks on: NFS 4, GPFS,
     Lustre mounted with `flock`, BeeGFS where enabled; elsewhere among the processes of one machine, or, where the
     system refuses locks, not at all, which is said. The same SLURM job, started again, waits up to `wait` seconds for
-    its former self. Raises UsageError when another process holds it.
+    its former self. Raises UsageError when another process holds it, TryAgain when its former self still does then: the
+    server keeps the lock of a machine that was lost, NFS 3 until that is back.
     """
     file = open(path, "a+")
-    deadline = time.monotonic() + wait
+    deadline, waited = time.monotonic() + wait, False
     while not _taken(file):
         file.seek(0)
         holder = file.read().strip()
-        if not _is_former_self(holder) or time.monotonic() > deadline:
+        who = f" ({holder})" if holder else ""
+        if not _is_former_self(holder):
             file.close()
-            who = f" ({holder})" if holder else ""
             raise UsageError(
                 f"another process is running in {path.parent}{who}; wait for it, or choose another folder with out=..."
             )
+        if time.monotonic() > deadline:
+            file.close()
+            raise TryAgain(
+                f"{path} is still locked by this job's former start{who} after {wait:g} s; start it again, or, where "
+                f"that machine is lost, remove the file"
+            )
+        if not waited:
+            print(f"waiting for this job's former start{who} to leave {path.parent}", flush=True)
+        waited = True
         time.sleep(1)
     file.truncate(0)
     file.write(f"{_this_process()}\n")

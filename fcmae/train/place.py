@@ -31,7 +31,8 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
     """This process's place by its environment.
 
     SLURM's variables count only inside of a step that srun started: a batch script, or a shell in an allocation, has
-    SLURM_NTASKS too and is one process all the same. torchrun may itself have been started by srun.
+    SLURM_NTASKS too and is one process all the same. So has a shell of `srun --pty`, whose other tasks
+    have no terminal and end. torchrun may itself have been started by srun.
     """
 
     def number(key: str, default: int = 1) -> int:
@@ -41,7 +42,8 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
         return Place(
             "torchrun", number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE")
         )
-    if number("SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in env:
+    cores = number("SLURM_CPUS_PER_TASK", 0) or None
+    if number("SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in env and not _in_terminal(env):
         # A requeued job has its number again: another port, in case its predecessor is still leaving.
         job = number("SLURM_JOB_ID") + 101 * number("SLURM_RESTART_COUNT", 0)
         host = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
@@ -52,14 +54,24 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
             number("SLURM_LOCALID", 0),
             tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), number("SLURM_NODEID", 0)),
             f"tcp://{host}:{PORTS[(job + number('SLURM_STEP_ID', 0)) % len(PORTS)]}",
-            number("SLURM_CPUS_PER_TASK"),
+            cores,
         )
     if number("SUBMITIT_LOCAL_NTASKS") > 1 and "SUBMITIT_LOCAL_GLOBALID" in env:
         size, rank = number("SUBMITIT_LOCAL_NTASKS"), number("SUBMITIT_LOCAL_GLOBALID")
         port = PORTS[number("SUBMITIT_LOCAL_JOB_ID") % len(PORTS)]
         return Place("submitit", rank, size, rank, size, f"tcp://127.0.0.1:{port}")
-    cores = env.get("SLURM_CPUS_PER_TASK")
-    return Place("none", cores=int(cores) if cores else None)
+    return Place("none", cores=cores)
+
+
+def _in_terminal(env: Mapping[str, str]) -> bool:
+    """Whether this is a shell of `srun --pty`. Steps that are started there inherit its variable, not its terminal."""
+    if "SLURM_PTY_PORT" not in env:
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def first_host(nodes: str) -> str:

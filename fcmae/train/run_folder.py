@@ -13,7 +13,7 @@ from typing import IO
 from torch import Tensor
 
 from fcmae import config as settings
-from fcmae.errors import UsageError
+from fcmae.errors import TryAgain, UsageError
 from fcmae.layouts import timm
 from fcmae.train import checkpoint, family
 from fcmae.train.lock import locked
@@ -95,14 +95,25 @@ class RunFolder:
             if foreign:
                 raise UsageError(f"{self.path} has {foreign[0]} but no config.yaml; choose another folder with out=...")
 
-    def claim(self, config: RunConfig) -> IO:
+    def hold(self) -> IO | None:
+        """The lock of a folder that has a run, to be had before any of it is read: whoever has it may still be saving.
+
+        None for a folder without one, in which nothing is written before everything has been checked: `claim` locks it.
+        Raises UsageError when another process holds it.
+        """
+        return locked(self.path / ".lock") if self.config.is_file() else None
+
+    def claim(self, config: RunConfig, held: IO | None = None, new: bool = False) -> IO:
         """Make the folder this run's, and hold it for this process until the returned file is closed.
 
-        Raises UsageError when it cannot be written, or when another process holds it.
+        held: its lock, if this process has it. new: no run was there. Raises UsageError when it cannot be written, or
+        when another process holds it; TryAgain when one began there meanwhile.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.path / ".lock")
+            lock = held or locked(self.path / ".lock")
+            if new and self.config.is_file():
+                raise TryAgain(f"a run began in {self.path} just now; the same command goes on with it")
             # Before anything else: what lies here without it would look like another's.
             if not self.config.is_file():
                 settings.write_yaml(config, self.config)

@@ -44,8 +44,9 @@ def local_count(model: nn.Module) -> int:
 @contextlib.contextmanager
 def gradients_exchanged(forward: nn.Module, wanted: bool) -> Iterator[None]:
     """Whether a backward pass in this block ends with the ranks' mean gradient, or adds up each rank's own."""
-    if isinstance(forward, FSDPModule):
-        forward.set_requires_gradient_sync(wanted)
+    model = getattr(forward, "_orig_mod", forward)  # of torch.compile's wrapper
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
     without = forward.no_sync if isinstance(forward, DistributedDataParallel) and not wanted else contextlib.nullcontext
     with without():
         yield
@@ -57,12 +58,18 @@ def full(x: Tensor) -> Tensor:
 
 
 def whole(value: Any) -> Any:
-    """Tensors, in dicts and lists, that are spread over the ranks as whole ones on the CPU; all else as it is."""
+    """Tensors, in dicts and lists, that are spread over the ranks as whole ones on the CPU; all else as it is.
+
+    Every rank must ask; rank 0 alone keeps them, the others have None in their place.
+    """
     if isinstance(value, dict):
         return {key: whole(part) for key, part in value.items()}
     if isinstance(value, list):
         return [whole(part) for part in value]
-    return full(value).cpu() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    gathered = full(value)
+    return gathered.cpu() if torch.distributed.get_rank() == 0 else None
 
 
 def spread_like(value: Tensor, own: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class TrainState:
     def payload(self, config: RunConfig, dataset_size: int) -> dict:
         """A checkpoint's content: tensors and plain data only, so that reading it never runs code.
 
-        Every rank must ask: what is spread over them is gathered.
+        Every rank must ask: what is spread over them is gathered, for rank 0 alone to keep.
         """
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return {
@@ -89,6 +89,9 @@ class TrainState:
         if own != minkowski.recognises(payload["model"]):
             payload = training.translate(payload, minkowski.from_fcmae if own else minkowski.to_fcmae)
         held = self.model.state_dict()
+        for key, x in payload["model"].items():
+            if key in held and held[key].shape != x.shape:
+                raise UsageError(f"{where}: {key} is {tuple(x.shape)} there and {tuple(held[key].shape)} in this model")
         weights = {key: spread_like(x, held[key]) if key in held else x for key, x in payload["model"].items()}
         self.model.load_state_dict(weights, strict=True)
         optimizer = training.in_order_of(payload["optimizer"], self.optimizer.state_dict())

@@ -17,6 +17,8 @@ from small_runs import CONFIG, assert_same_run, make_pictures, metrics, run
 pytestmark = pytest.mark.slurm
 
 STEPS = 120
+# On a slow machine a start may be told to end before its first step.
+LIMIT = ("--timeout", "1", "--signal-delay", "5", "--restarts", "6")
 TWO_NODES = ("--nodes", "2", "--cpus-per-task", "1")
 
 
@@ -71,7 +73,9 @@ def test_two_nodes_follow_one_process(place, whole, tmp_path):
 
 
 def test_preempted_three_times_and_killed_once_it_ends_the_same(cluster, place, whole, tmp_path):
-    out, rng = tmp_path / "run", random.Random()
+    out, seed = tmp_path / "run", random.randrange(2**32)
+    print(f"random moments of seed {seed}")  # pytest shows it when the test fails
+    rng = random.Random(seed)
     job = cluster.submit(*arguments(place, out, "checkpoint.every=20", "data.workers=1"), *TWO_NODES)
     preemptions = [
         lambda: cluster.run("scancel", "--signal=USR1", job),
@@ -95,9 +99,10 @@ def test_preempted_three_times_and_killed_once_it_ends_the_same(cluster, place, 
 
 def test_out_of_time_it_is_requeued_and_finishes(cluster, place, tmp_path):
     out = tmp_path / "run"
-    longer = ["train.steps=null", "train.seconds=45", "log.print_every=50", "checkpoint.every=100000"]
-    job = cluster.submit(*arguments(place, out, *longer), *TWO_NODES, "--timeout", "1", "--signal-delay", "5")
-    assert cluster.wait(job, 400) == ["COMPLETED"], log(out, job, 0)
+    # More than the limit, so that no one start can be enough, however early SLURM sends its signal.
+    longer = ["train.steps=null", "train.seconds=62", "log.print_every=50", "checkpoint.every=100000"]
+    job = cluster.submit(*arguments(place, out, *longer), *TWO_NODES, *LIMIT)
+    assert cluster.wait(job, 500) == ["COMPLETED"], log(out, job, 0)
     assert cluster.restarts(job) >= 1
     said = log(out, job, 0)
     assert "signal 12: saved at step" in said and "slurm: requeued after status 140" in said
@@ -137,19 +142,43 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_message(cluster, place
     assert "not requeued" in log(out, job, 0) and cluster.restarts(job) == 0
 
 
+def test_a_step_that_does_not_start_is_tried_again_but_not_for_ever(cluster, place, tmp_path):
+    """srun itself fails: no rank ever says anything."""
+    (tmp_path / "profile.yaml").write_text(f"python: {tmp_path / 'none'}\nrestarts: 2\n")
+    out = tmp_path / "run"
+    job = cluster.submit(*arguments(place, out), *TWO_NODES, "--profile", str(tmp_path / "profile.yaml"))
+    assert cluster.wait(job, 180) == ["FAILED"]
+    assert cluster.restarts(job) == 1 and "2 starts in a row wrote no new checkpoint" in log(out, job, 0)
+
+
+def test_what_sbatch_refuses_is_one_line(cluster, place, tmp_path):
+    said = cluster.refused(*arguments(place, tmp_path / "run"), "--partition", "none")
+    assert said.startswith("submit: error: ") and said.count("\n") == 1 and "partition" in said
+
+
 def test_an_array_of_three_overrides_is_three_runs(cluster, place, tmp_path):
     sweep, lines = tmp_path / "sweep", tmp_path / "lines.txt"
-    lines.write_text(f"# learning rates\ntrain.lr=1e-3\ntrain.lr=2e-3\ntrain.lr=1e-3 seed=1 out={tmp_path / 'own'}\n")
-    short = ["train.steps=6", "train.effective_batch=4", "train.warmup_epochs=0"]
-    job = cluster.submit(*arguments(place, sweep, *short), "--array", str(lines), "--cpus-per-task", "1")
-    assert cluster.wait(job) == ["COMPLETED"] * 3
+    longer = "train.steps=null train.seconds=62 log.print_every=100"  # than the limit
+    lines.write_text(
+        f"# learning rates\ntrain.lr=1e-3 {longer}\ntrain.lr=2e-3\n"
+        f"train.lr=1e-3 {longer} seed=1 out={tmp_path / 'own'}\n"
+    )
+    short = ["train.steps=6", "train.effective_batch=4", "train.warmup_epochs=0", "checkpoint.every=100000"]
+    job = cluster.submit(*arguments(place, sweep, *short), "--array", str(lines), "--cpus-per-task", "1", *LIMIT)
+    assert cluster.wait(job, 500) == ["COMPLETED"] * 3, log(sweep, f"{job}_0", 0) + log(sweep, f"{job}_2", 0)
+    # Each out of time for itself; the last element's own number is the whole array's.
+    said = [log(sweep, f"{job}_{number}", 0) for number in range(3)]
+    assert [text.count("slurm: requeued after status 140") >= 1 for text in said] == [True, False, True]
+    assert ["going on from step" in text for text in said] == [True, False, True]
+    for number, text in enumerate(said):
+        assert text.count("slurm: requeued") == cluster.restarts(f"{job}_{number}")
     runs = [sweep / "0", sweep / "1", tmp_path / "own"]
-    losses = [[row["loss"] for row in metrics(out)] for out in runs]
-    assert [len(x) for x in losses] == [6, 6, 6]
+    losses = [[row["loss"] for row in metrics(out)][:6] for out in runs]
+    assert [len(x) for x in losses] == [6, 6, 6] and len(metrics(runs[1])) == 6
     assert losses[0] != losses[1] and losses[0] != losses[2]
     assert all((sweep / "slurm" / f"{job}_{i}_0_log.out").is_file() for i in range(3))
     shown = watch(sweep)
-    assert f"{sweep / '0'}: job {job}_0 done, step 6 of 6" in shown and f"{sweep / '1'}: job {job}_1 done" in shown
+    assert f"{sweep / '0'}: job {job}_0 done" in shown and f"{sweep / '1'}: job {job}_1 done, step 6 of 6" in shown
 
 
 def test_watch_tells_where_a_job_stands_and_a_second_copy_is_refused(cluster, place, tmp_path):
@@ -163,6 +192,8 @@ def test_watch_tells_where_a_job_stands_and_a_second_copy_is_refused(cluster, pl
     assert cluster.wait(second) == ["FAILED"]
     said = log(out, second, 0)
     assert f"SLURM job {job}" in said and said.count("another process is running in") == 1
+    shown = watch(out, env=cluster.env)  # not hidden by the one that was refused
+    assert f"job {job} running on n[1-2]" in shown and "another process" not in shown
     cluster.run("scancel", job)
     assert cluster.wait(job) == ["CANCELLED"] and cluster.restarts(job) == 0
     assert "saved at step" in log(out, job, 0)
