@@ -88,7 +88,7 @@ def steps_of(
     model.to(world.device)
     sharded = config.train.sharding == "full" and world.size > 1
     if sharded:
-        sharding.shard(model, world.device)
+        sharding.shard(model, world.device, ("encode",))
     state = TrainState(
         model,
         optim.make_optimizer(model, config.train, world.device),

@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
+def shard(model: nn.Module, device: torch.device, methods: tuple[str, ...] = ()) -> None:
     """Keep of every parameter this rank's part alone, in place; each block gathers its own while it computes.
 
-    Every rank must hold the same values. An optimizer is made afterwards, over what `model.parameters()` is then.
+    methods: the model's ways in besides `forward`. Every rank must hold the same values. An optimizer is made
+    afterwards, over what `model.parameters()` is then.
     """
     # Nothing here writes into a block's output, which may be a view, in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
@@ -32,7 +33,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
                 if not any(isinstance(child, nn.ModuleList) for child in block.modules()):
                     fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "encode")  # gathers, as `forward` does
+    for method in methods:
+        register_fsdp_forward_method(model, method)
 
 
 def local_count(model: nn.Module) -> int:
