@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | test-slurm | lint | venv | minkowski | clean
+# make quickstart | test | test-slow | test-slurm | soak | lint | venv | minkowski | clean
 # ARGS="…" is handed on:           make quickstart ARGS="sparse.backend=dense out=runs/other"
 # VENV=… names another environment, PYTHON=… the interpreter that makes it.
 # The tests run in several processes of one thread each; ARGS="-n 0" runs them in one, with torch's own threads.
@@ -12,13 +12,13 @@ STAMP := $(VENV)/.fcmae-installed
 # Small models gain nothing from threads, and the threads of two processes slow each other down.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-slow test-slurm lint venv minkowski clean
+.PHONY: quickstart test test-slow test-slurm soak lint venv minkowski clean
 
 quickstart: venv
 	$(PY) -m fcmae.pretrain configs/pretrain/quickstart.yaml $(ARGS)
 
 test: venv
-	$(PYTEST) -m "not slow and not slurm" $(ARGS)
+	$(PYTEST) -m "not slow and not slurm and not soak" $(ARGS)
 
 test-slow: venv
 	$(PYTEST) -m slow $(ARGS)
@@ -26,6 +26,10 @@ test-slow: venv
 # A real two-node cluster on this machine; needs root, slurm-wlm and munge.
 test-slurm: venv
 	$(PY) -m pytest -q -m slurm $(ARGS)
+
+# Faults by the hundred, for hours; ARGS=--short: a few minutes. What they count goes to runs/soak.
+soak: venv
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -m soak tests/soak $(ARGS)
 
 lint: venv
 	$(PY) -m ruff check . $(ARGS)
