@@ -26,7 +26,7 @@ def often(request) -> Callable[[int, int], int]:
 
 @pytest.fixture
 def figures(request) -> Callable[..., None]:
-    """figures(NAME, key=value, ...): what a test counted, plain data. A whole form's are not replaced by a short one's."""
+    """figures(NAME, key=value, ...): what a test counted, plain data; a short form's lie apart."""
     began = time.monotonic()
 
     def write(name: str, **values) -> None:
