@@ -25,9 +25,8 @@ C = TypeVar("C")
 FREE_KEYS = (
     "out", "resume", "device", "data.workers", "data.prefetch", "data.pin_memory", "data.max_bad_share",
     "train.batch_size", "train.accum_steps", "train.compile", "train.sharding", "train.max_nonfinite",
-    "sparse.backend", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every",
-    "log.print_every", "log.tensorboard", "log.images", "log.images_every",
-    "log.collapse_every",
+    "train.spike_factor", "sparse.backend", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every",
+    "log.print_every", "log.tensorboard", "log.images", "log.images_every", "log.collapse_every",
 )  # fmt: skip
 
 # What a run branched off another one's checkpoint (resume=FILE out=NEW) may change besides.

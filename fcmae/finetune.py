@@ -192,9 +192,8 @@ def steps_of(
     def write_checkpoint() -> None:
         log.sync()
         validations.sync()
-        every, keep = config.checkpoint.every, config.checkpoint.keep_every
         payload = state.payload(config, len(dataset))
-        checkpoint.save(folder.checkpoints, payload, config.checkpoint.keep_last, keep and keep * every)
+        checkpoint.save(folder.checkpoints, payload, config.checkpoint)
 
     hooks = loop.Hooks(
         loss, lambda: world.on_main(write_checkpoint), validation, config.eval.every, dataset.source.name, begin,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from fcmae import config as settings
 from fcmae import pictures
@@ -33,6 +34,7 @@ from fcmae.train.log import Log
 from fcmae.train.place import find_place
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import make_schedule
+from fcmae.train.spikes import Spike, SpikeGuard
 from fcmae.train.state import Progress, TrainState
 from fcmae.train.target import fit_target
 
@@ -113,31 +115,28 @@ def steps_of(
     world.on_main(lambda: held.append(folder.claim(config, held[0], new=held[0] is None)))
     if world.is_main:
         print(*[f"arm {label}:"] * bool(label), describe_run(config, model, schedule, world), sep="\n", flush=True)
-    log = Log(folder, config.log, state.progress, schedule, world.is_main, label)
-    for line in warnings:
-        log.say(f"warning: {line}")
-    for line in filter(None, (beginning, fitted)):
-        log.say(line)
-
-    stream = SampleStream(
-        len(dataset),
-        batch_size=schedule.batch_size,
-        accum_steps=schedule.accum_steps,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.seed,
-        start_step=start,
-        end_step=sys.maxsize if schedule.steps is None else schedule.steps,
-    )
+    lines = [*(f"warning: {line}" for line in warnings), *filter(None, (beginning, fitted))]
     pin = config.data.pin_memory and world.device.type == "cuda"
-    loader = make_loader(dataset, stream, workers, config.data.prefetch, pin_memory=pin)
     if world.size > 1 and not sharded:
         forward = DistributedDataParallel(forward, broadcast_buffers=False)  # every rank has them already
 
+    def batches() -> DataLoader:
+        """From where the run is to its end."""
+        stream = SampleStream(
+            len(dataset),
+            batch_size=schedule.batch_size,
+            accum_steps=schedule.accum_steps,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.seed,
+            start_step=state.progress.step + state.progress.ahead,
+            end_step=sys.maxsize if schedule.steps is None else schedule.steps + state.progress.ahead,
+        )
+        return make_loader(dataset, stream, workers, config.data.prefetch, pin_memory=pin)
+
     def write_checkpoint(payload: dict) -> None:
         log.sync()
-        every, keep = config.checkpoint.every, config.checkpoint.keep_every
-        checkpoint.save(folder.checkpoints, payload, config.checkpoint.keep_last, keep and keep * every)
+        checkpoint.save(folder.checkpoints, payload, config.checkpoint)
 
     def save() -> None:
         payload = state.payload(config, len(dataset))
@@ -152,23 +151,40 @@ def steps_of(
         tiles = loop.tiles_of(batch["mask"]).to(world.device, non_blocking=world.device.type == "cuda")
         return forward(images, tiles)[0]
 
-    watch = CollapseWatch(config, state, dataset, folder, log, world.device)
-
     def begin(step: int) -> None:
         if world.is_main or sharded:
             watch(step)
 
-    hooks = loop.Hooks(loss, save, picture, config.log.images_every, dataset.source.name, begin)
-    try:
-        yield state.progress
-        ended_by = yield from loop.train(
-            state, forward, loader, schedule, config, world, log, hooks, stop, in_turn=bool(label)
-        )
-        if not ended_by:
-            begin(state.progress.step)  # what the last step left
-    finally:
-        watch.close()
-        log.close()
+    def restore() -> None:
+        # One that a signal asked for is passed over, so that a run that was stopped goes back as far as another.
+        newest = world.on_main(lambda: checkpoint.find_newest(folder.checkpoints, config.checkpoint.every)[0])
+        state.scaler = optim.make_scaler(world.device, config.train.precision)  # the old one is in the middle of a step
+        state.restore(checkpoint.read(newest), str(newest), config, len(dataset))
+
+    guard = SpikeGuard(config.train.spike_factor, state)
+    hooks = loop.Hooks(loss, save, picture, config.log.images_every, dataset.source.name, begin, guard)
+    to_save = guard.factor is not None and (found is None or found.parent != folder.checkpoints)
+    yield state.progress
+    while True:  # once, but for spikes of the loss
+        log = Log(folder, config.log, state.progress, schedule, world.is_main, label)
+        for line in lines:
+            log.say(line)
+        watch = CollapseWatch(config, state, dataset, folder, log, world.device)
+        try:
+            if to_save:
+                save()  # something to go back to
+                to_save = False
+            ended_by = yield from loop.train(
+                state, forward, batches(), schedule, config, world, log, hooks, stop, in_turn=bool(label)
+            )
+            if not ended_by:
+                begin(state.progress.step)  # what the last step left
+            break
+        except Spike as spike:
+            lines = [guard.go_back(spike, restore)]
+        finally:
+            watch.close()
+            log.close()
     if ended_by:
         log.say(f"signal {ended_by}: saved at step {state.progress.step}; the same command goes on from there")
         return 128 + ended_by

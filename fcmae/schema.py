@@ -103,6 +103,9 @@ class TrainConfig:
         "none: every rank holds the whole model (DDP); full: it is spread over the ranks (FSDP2), pretraining only",
     )
     max_nonfinite: int = setting(20, "stop after so many steps in a row with a NaN or infinite gradient")
+    spike_factor: float | None = setting(
+        None, "go back to the last checkpoint when a loss is so many times the median of the last 100; null: never"
+    )
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fcmae.files import write_whole
+from fcmae.schema import CheckpointConfig
 from fcmae.train import checkpoint
 from small_runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
 
@@ -111,11 +112,11 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole, tmp_pat
 def test_a_damaged_later_checkpoint_never_crowds_out_a_good_one(tmp_path):
     payload = lambda step: {"step": step, "model": {"w": torch.full((50,), float(step))}}  # noqa: E731
     for step in (12, 15, 18):
-        checkpoint.save(tmp_path, payload(step), keep_last=2, keep_multiple=None)
+        checkpoint.save(tmp_path, payload(step), CheckpointConfig(keep_last=2))
     newest = checkpoint.path_of(tmp_path, 18)
     newest.write_bytes(newest.read_bytes()[:-40])
     assert checkpoint.find_newest(tmp_path)[0] == checkpoint.path_of(tmp_path, 15)
-    checkpoint.save(tmp_path, payload(17), keep_last=1, keep_multiple=None)
+    checkpoint.save(tmp_path, payload(17), CheckpointConfig(keep_last=1))
     assert checkpoint.steps_in(tmp_path) == [17]
     checkpoint.path_of(tmp_path, 17).write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 1 checkpoints .* can be read .*step_000000017.pt"):
@@ -123,7 +124,7 @@ def test_a_damaged_later_checkpoint_never_crowds_out_a_good_one(tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    whole_file = checkpoint.save(tmp_path, {"step": 1}, keep_last=1, keep_multiple=None)
+    whole_file = checkpoint.save(tmp_path, {"step": 1}, CheckpointConfig(keep_last=1))
 
     def fail(file):
         file.write(b"half")

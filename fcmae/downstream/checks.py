@@ -51,6 +51,7 @@ def check(config: DownstreamConfig, training: bool = True) -> None:
         (train.layer_decay_scheme in (None, "block", "group"), "train.layer_decay_scheme", "block, group or null"),
         (0 <= train.label_smoothing < 1, "train.label_smoothing", "in [0, 1)"),
         (train.sharding == "none", "train.sharding", "none: a classifier is whole on every rank"),
+        (train.spike_factor is None, "train.spike_factor", "null: pretraining alone goes back"),
         (0 <= config.ema.decay < 1, "ema.decay", "in [0, 1)"),
         (config.eval.every > 0, "eval.every", "more than 0"),
         (config.eval.batch_size >= 1, "eval.batch_size", "1 or more"),

@@ -52,8 +52,8 @@ class LayerNorm(nn.LayerNorm):
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalization (arXiv 1502.03167) over the visible positions of the local batch alone, statistics in fp32.
 
-    In evaluation it uses the running statistics, buffers that a step whose features are not finite leaves as they are.
-    Raises UsageError in training on a single visible position, which has no variance.
+    In evaluation it uses the running statistics. Raises UsageError in training on a single visible position, which has
+    no variance.
     """
 
     def forward(self, x: Tensor, support: Support) -> Tensor:
@@ -63,13 +63,10 @@ class BatchNorm(nn.BatchNorm1d):
             return support.from_rows(y, x).to(x.dtype)
         if rows.shape[0] < 2:
             raise UsageError("norm=bn needs two visible positions in a batch; this one has a single one at a stage")
-        mean, var = self.running_mean.clone(), self.running_var.clone()
-        y = F.batch_norm(rows, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
-        with torch.no_grad():
-            finite = mean.isfinite() & var.isfinite()
-            self.running_mean.copy_(torch.where(finite, mean, self.running_mean))
-            self.running_var.copy_(torch.where(finite, var, self.running_var))
-            self.num_batches_tracked.add_(1)
+        self.num_batches_tracked.add_(1)
+        y = F.batch_norm(
+            rows, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+        )
         return support.from_rows(y, x).to(x.dtype)
 
 

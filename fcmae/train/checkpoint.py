@@ -9,6 +9,7 @@ import torch
 
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
+from fcmae.schema import CheckpointConfig
 from fcmae.weights import CHECKPOINT, check_archive, load_tensors
 
 _NAME = re.compile(r"step_(\d{9})\.pt")
@@ -25,20 +26,23 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def save(folder: Path, payload: dict, keep_last: int, keep_multiple: int | None) -> Path:
+def save(folder: Path, payload: dict, settings: CheckpointConfig) -> Path:
     """Write `payload` (tensors and plain data, with its "step") and drop old checkpoints.
 
-    The newest `keep_last` stay, and every one whose step is a multiple of `keep_multiple`. Files of later steps go: the
-    run came back to this step because they could not be read.
+    The newest `keep_last` stay, the newest `keep_last` of those taken every so many steps, so that one which a signal
+    asked for takes no other's place, and every `keep_every`-th of these. Files of later steps go: the run came back to
+    this step.
     """
     step = payload["step"]
     path = path_of(folder, step)
     write_whole(path, lambda file: torch.save({"format": CHECKPOINT, **payload}, file))
-    kept = [s for s in steps_in(folder) if s <= step]
-    newest = set(kept[-keep_last:])
+    found = [s for s in steps_in(folder) if s <= step]
+    regular = [s for s in found if s % settings.every == 0]
+    kept = {*found[-settings.keep_last :], *regular[-settings.keep_last :]}
+    if settings.keep_every is not None:
+        kept |= {s for s in regular if s % (settings.every * settings.keep_every) == 0}
     for other in steps_in(folder):
-        multiple = keep_multiple is not None and other % keep_multiple == 0
-        if other > step or (other not in newest and not multiple):
+        if other not in kept:
             path_of(folder, other).unlink(missing_ok=True)
     return path
 
@@ -57,13 +61,16 @@ def read(path: Path) -> dict:
     return payload
 
 
-def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a folder (None without any) and why each newer one was passed over.
+def find_newest(folder: Path, every: int = 1) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a folder (None without any) and why each newer one was passed over; of those alone
+    whose step is a multiple of `every`.
 
     Raises UsageError when there are checkpoints and none is whole.
     """
     unreadable: list[str] = []
     for step in reversed(steps_in(folder)):
+        if step % every:
+            continue
         try:
             read(path_of(folder, step))
             return path_of(folder, step), unreadable

@@ -79,6 +79,7 @@ def rules_of_training(config: RunConfig) -> list[tuple]:
         (len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), "train.betas", "two numbers in [0, 1)"),
         (train.clip_grad is None or train.clip_grad > 0, "train.clip_grad", "more than 0, or null"),
         (train.max_nonfinite >= 1, "train.max_nonfinite", "1 or more"),
+        (train.spike_factor is None or train.spike_factor > 1, "train.spike_factor", "more than 1, or null"),
         (data.workers >= -1, "data.workers", "-1 or more"),
         (data.prefetch >= 1, "data.prefetch", "1 or more"),
         (

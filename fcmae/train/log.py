@@ -63,13 +63,15 @@ class Log:
         self.config, self.schedule, self.is_main, self.label = config, schedule, is_main, label
         self.metrics = self.times = self.tensorboard = self.bar = None
         step = progress.step
-        self._bad_path = folder.path / "bad_images.txt"
+        self._bad_path, self._skipped_path = folder.path / "bad_images.txt", folder.skipped
         self._bad_known = set(self._bad_path.read_text().splitlines()) if self._bad_path.exists() else set()
         self._start = self._logged = self._printed = progress.seconds, step
         self._waited, self._clock = 0.0, time.monotonic()
         if not is_main:
             return
         self.metrics, self.times = MetricsFile(folder.metrics, step), MetricsFile(folder.times, step)
+        if folder.skipped.exists():
+            MetricsFile(folder.skipped, step).close()
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -124,6 +126,12 @@ class Log:
                 with open(self._bad_path, "a") as file:  # one short append: ranks do not mix
                     file.write(name + "\n")
                 self.say(f"warning: unreadable image replaced: {name}")
+
+    def skipped(self, row: dict) -> None:
+        """A line of skipped.jsonl, a file of runs that skipped a step."""
+        if self.is_main:
+            with open(self._skipped_path, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         """Flush everything to disk."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from fcmae.errors import UsageError
 from fcmae.kernels.tiles import Tiles
-from fcmae.train import optim
+from fcmae.train import nonfinite, optim
 from fcmae.train.distributed import World
 from fcmae.train.log import Log
 from fcmae.train.run_config import RunConfig
@@ -28,8 +28,8 @@ class Hooks:
 
     loss: of a batch of the loader, a scalar to take the gradient of; runs under autocast. save: write a checkpoint.
     pause: draw a picture, validate; `every` so many epochs and at the end, before the checkpoint. name_of: an image by
-    index. begin: called with the number of a step, counted from 0, before its batches. stepped: the optimizer changed
-    the weights.
+    index. begin: called with the number of a step, counted from 0, before its batches. guard: called with the loss of a
+    step before the optimizer makes it, and may raise. stepped: the optimizer changed the weights.
     """
 
     loss: Callable[[dict], torch.Tensor]
@@ -38,6 +38,7 @@ class Hooks:
     every: float
     name_of: Callable[[int], str]
     begin: Callable[[int], None] = lambda step: None
+    guard: Callable[[float], None] = lambda loss: None
     stepped: Callable[[], None] = lambda: None
 
 
@@ -106,21 +107,22 @@ def train(
         optim.set_lr(optimizer, lr)
         hooks.begin(progress.step)
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=world.device)
+        statistics = optim.running_statistics(state.model)
+        parts: list[torch.Tensor] = []
         waited, bad, indices = 0.0, [], []
         for i in range(schedule.accum_steps):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             bad += batch["bad"]
-            indices += batch["index"].tolist()
+            indices.append(batch["index"].tolist())
             with gradients_exchanged(forward, i == schedule.accum_steps - 1):
                 with optim.autocast(world.device, config.train.precision):
                     part = hooks.loss(batch) / schedule.accum_steps
                 scaler.scale(part).backward()
-            loss += part.detach()
+            parts.append(part.detach())
         scaler.unscale_(optimizer)
-        grad_norm = optim.grad_norm(state.model)
+        loss, grad_norm = torch.stack(parts).sum(), optim.grad_norm(state.model)
         # One collective and one host synchronisation a step, and all ranks decide alike.
         now = time.perf_counter()
         others = [loss.new_full((), value) for value in (stop.received, len(bad), now - mark)]
@@ -128,6 +130,7 @@ def train(
         mean_loss, norm, stopping, mean_bad, seconds = world.mean(torch.stack([loss, grad_norm, *others])).tolist()
         finite = math.isfinite(norm) and math.isfinite(mean_loss)
         if finite:
+            hooks.guard(mean_loss)
             optim.clip(state.model, config.train.clip_grad, grad_norm)
             scaler.step(optimizer)
             hooks.stepped()
@@ -144,6 +147,8 @@ def train(
             "lr": lr,
             "grad_norm": norm if math.isfinite(norm) else None,
         }
+        if progress.rollbacks:
+            row["rollbacks"] = progress.rollbacks
         if scaler.is_enabled():
             row["loss_scale"] = scaler.get_scale()
         if not finite:
@@ -152,8 +157,11 @@ def train(
         if finite:
             progress.skipped_in_a_row = 0
         else:
+            for buffer, value in statistics:
+                buffer.copy_(value)
             overflow = scaler.is_enabled() and row["loss"] is not None
-            note_skipped(state, overflow, indices, config.train.max_nonfinite, log, hooks)
+            names = [hooks.name_of(i) for i in nonfinite.suspects(parts, indices)]
+            nonfinite.note_skipped(state, overflow, names, config.train.max_nonfinite, log, world)
         check_bad_share(progress.bad_images, row["images"], config.data.max_bad_share)
         if in_turn and world.device.type == "cuda":
             torch.cuda.synchronize(world.device)  # the optimizer's work is this run's time
@@ -182,29 +190,6 @@ def tiles_of(mask: torch.Tensor) -> Tiles:
 def crossed(schedule: Schedule, step: int, every: float) -> bool:
     """Whether step number `step`, counted from 1, completed a multiple of `every` epochs."""
     return schedule.epoch_at(step) // every > schedule.epoch_at(step - 1) // every
-
-
-def note_skipped(state: TrainState, overflow: bool, indices: list[int], limit: int, log: Log, hooks: Hooks) -> None:
-    """Count a step whose gradient was not finite and say where; raise UsageError after `limit` in a row.
-
-    overflow: the loss was finite and fp16 scaled gradients overflowed, which the scaler mends by itself.
-    """
-    progress = state.progress
-    progress.skipped += 1
-    progress.skipped_in_a_row += 1
-    stop = progress.skipped_in_a_row >= limit
-    if overflow and not stop:
-        return
-    names = ", ".join(map(hooks.name_of, indices[:3])) + (f" and {len(indices) - 3} more" if len(indices) > 3 else "")
-    where = (
-        f"gradient not finite at step {progress.step}, first in {optim.first_nonfinite(state.model)}; images {names}"
-    )
-    if stop:
-        raise UsageError(
-            f"{where}; {limit} steps in a row were skipped, the last checkpoint is intact: lower train.base_lr, set "
-            f"train.clip_grad, or use train.precision=bf16 or fp32"
-        )
-    log.say(f"warning: {where}; step skipped, {progress.skipped} so far")
 
 
 def check_bad_share(bad: int, read: int, largest: float) -> None:

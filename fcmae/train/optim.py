@@ -57,6 +57,12 @@ def clip(model: nn.Module, largest: float | None, norm: torch.Tensor) -> None:
         nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
 
 
+def running_statistics(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The buffers that a forward pass changes, which are BatchNorm's, and copies of them."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+
+
 def first_nonfinite(model: nn.Module) -> str:
     """The name of the first parameter whose gradient has a NaN or infinity."""
     for name, parameter in model.named_parameters():

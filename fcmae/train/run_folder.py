@@ -1,7 +1,7 @@
 """A run's folder: whose it is, how a run goes on in it, and what it leaves for its users.
 
 config.yaml  metrics.jsonl  times.jsonl  collapse.jsonl  tensorboard/  checkpoints/  reconstructions/*.png  loss.png
-encoder.safetensors
+encoder.safetensors  and, where there was something to name, bad_images.txt  skipped.jsonl
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fcmae.train.run_config import RunConfig
 from fcmae.weights import write_safetensors
 
 _ARTIFACTS = (
-    *("metrics.jsonl", "times.jsonl", "collapse.jsonl", "tensorboard"),
+    *("metrics.jsonl", "times.jsonl", "collapse.jsonl", "skipped.jsonl", "tensorboard"),
     *("checkpoints", "reconstructions", "encoder.safetensors"),
 )
 _LABELLED = ("validation.jsonl", "last.safetensors", "results.json", "classes.txt", "features")
@@ -49,6 +49,11 @@ class RunFolder:
     def times(self) -> Path:
         """One JSON object per logged step: what it took, which no repeated run repeats."""
         return self.path / "times.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """One JSON object per step that was skipped because its loss or gradient was not finite: where that began."""
+        return self.path / "skipped.jsonl"
 
     @property
     def collapse(self) -> Path:

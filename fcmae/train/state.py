@@ -23,6 +23,9 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
     bad_images: int = 0  # unreadable images replaced, over all ranks
+    ahead: int = 0  # steps whose images were passed over, by going back and on behind a spike of the loss
+    rollbacks: int = 0  # how often the run went back
+    recent: list[float] = field(default_factory=list)  # losses of the last steps, where spikes are looked for
     seconds: float = 0.0  # spent in steps, the mean of all ranks; checkpoints and pictures are not counted
 
 
