@@ -37,6 +37,6 @@ for name, path in pictures.items():
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((1000, 1400))
-    # A fixed palette would make one of the lines' colours: 256 of the picture's own, found by median cut over all.
+    # Median cut, the default, gives thin lines of different colours the same one.
     small.quantize(256, method=Image.Quantize.FASTOCTREE).save(gallery / f"{name}.png", optimize=True)
 PYTHON
