@@ -37,5 +37,6 @@ for name, path in pictures.items():
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((1000, 1400))
-    small.quantize(256).save(gallery / f"{name}.png", optimize=True)
+    # Median cut, the default, gives thin lines of different colours the same one.
+    small.quantize(256, method=Image.Quantize.FASTOCTREE).save(gallery / f"{name}.png", optimize=True)
 PYTHON

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib
 import torch
+from torch import Tensor
 
 from fcmae.analysis import (
     activations,
@@ -23,10 +25,11 @@ from fcmae.analysis import (
     position_similarity,
     receptive_field,
 )
+from fcmae.analysis.blocks import first_nonfinite
 from fcmae.analysis.images import Images, read_images
 from fcmae.analysis.results import check_out, write
 from fcmae.analysis.subjects import Subject, open_subjects
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, nearest
 from fcmae.resizing import pair
 from fcmae.train.distributed import pick_device
 
@@ -43,12 +46,12 @@ WHATS: dict[str, ModuleType] = {
 }
 EPILOG = """RUN_OR_WEIGHTS is a run's folder or checkpoint, the folder of a comparison (its arms), any file that
 fcmae.convert reads, or timm:NAME with timm's pretrained weights (HF_HUB_OFFLINE=1 looks in the local cache alone).
-NAME@random of any of these has random weights, of a run those it began with."""
+NAME@random of any of these has random weights, of a run those that its seed gives."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; exit status 0, or 2 with one line for bad input."""
-    parser = argparse.ArgumentParser("python -m fcmae.analyze", description=__doc__, epilog=EPILOG)
+    parser = argparse.ArgumentParser("python -m fcmae.analyze", description=__doc__.splitlines()[0], epilog=EPILOG)
     parser.add_argument(
         "subjects", nargs="+", metavar="RUN_OR_WEIGHTS", help="what to look into; several in one figure"
     )
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 def analyze(given: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Analyse as the command line says. Raises UsageError for bad input; what is there then stays as it was."""
     if unknown := [what for what in given.what if what not in WHATS]:
-        raise UsageError(f"--what {unknown[0]} is unknown; known: {', '.join(WHATS)}")
+        raise UsageError(f"--what {unknown[0]!r} is unknown{nearest(unknown[0], WHATS)}; known: {', '.join(WHATS)}")
     for name in ("count", "batch_size"):
         if getattr(given, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(given, name)} will not do: it must be 1 or more")
@@ -95,10 +98,14 @@ def analyze(given: argparse.Namespace, say: Callable[[str], None]) -> None:
     subjects = open_subjects(given.subjects, given.labels, pair(given.image_size), device, given.seed)
     plans = {what: plan(what, subjects) for what in whats}
     images = read_images(given.images, subjects, given.count)
-    for line in images.skipped:
-        say(f"skipped, unreadable: {line}")
-    if images.skipped:
-        say(f"{len(images.skipped)} images skipped, {len(images.used)} looked at")
+    for line in images.say(given.count):
+        say(line)
+    sizes = {subject.image_size for subject in subjects}
+    if len(sizes) > 1:
+        said = ", ".join(f"{s.label} {s.image_size[0]} x {s.image_size[1]}" for s in subjects)
+        say(f"images of different sizes: {said}; --image-size gives all the same")
+    for subject in subjects:
+        check_features(subject, images.tensors[subject.label][:1])
     for what, (able, left_out) in plans.items():
         say(f"{what}:")
         for label, reason in left_out.items():
@@ -114,7 +121,25 @@ def analyze(given: argparse.Namespace, say: Callable[[str], None]) -> None:
             "left_out": left_out,
             "results": results,
         }
-        say(f"  look: {write(given.out, what, report, WHATS[what].draw(results))}")
+        with matplotlib.rc_context({"text.parse_math": False}):  # a label is a name, whatever is in it
+            figure = WHATS[what].draw(results)
+        say(f"  look: {write(given.out, what, report, figure)}")
+
+
+def check_features(subject: Subject, images: Tensor) -> None:
+    """Raises UsageError where the network cannot encode such images, or makes of them what is not finite."""
+    try:
+        where = first_nonfinite(subject.network, images.to(subject.device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        h, w = subject.image_size
+        raise UsageError(
+            f"{subject.label} cannot encode images of {h} x {w}: {reason}; try another --image-size"
+        ) from None
+    if where:
+        raise UsageError(
+            f"{subject.label}: features are NaN or infinite from {where} on, so nothing of it can be measured"
+        )
 
 
 def plan(what: str, subjects: list[Subject]) -> tuple[list[Subject], dict[str, str]]:

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
+import torch
+
 from fcmae.analysis import gallery, page
 from fcmae.analysis.images import read_images
 from fcmae.analysis.subjects import open_subjects
@@ -27,16 +30,24 @@ fcmae.convert reads. Runs with the same mask unit get the same masks."""
 
 def main(argv: list[str] | None = None) -> int:
     """The command; exit status 0, or 2 with one line for bad input."""
-    parser = argparse.ArgumentParser("python -m fcmae.visualize", description=__doc__, epilog=EPILOG)
+    parser = argparse.ArgumentParser("python -m fcmae.visualize", description=__doc__.splitlines()[0], epilog=EPILOG)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs, side by side")
     parser.add_argument("--images", help="folder, list, shards, or sample; default: the images of the first run")
     parser.add_argument("--out", type=Path, required=True, help=f"folder for STRATEGY_RATIO.png and {PAGE}")
     parser.add_argument(
-        "--ratios", type=float, nargs="+", default=[0.3, 0.6, 0.75, 0.9], metavar="R", help="mask ratios"
+        "--ratios", type=float, nargs="+", default=[0.3, 0.6, 0.75, 0.9], metavar="R", help="mask ratios; %(default)s"
     )
-    parser.add_argument("--strategies", nargs="+", default=["random", "block"], metavar="S", help=", ".join(STRATEGIES))
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["random", "block"],
+        metavar="S",
+        help=f"of {', '.join(STRATEGIES)}; %(default)s",
+    )
     parser.add_argument("--count", type=int, default=6, metavar="N", help="images; default 6")
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="one number or height and width")
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", metavar="PX", help="one number or height and width; default the runs' own"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--seed", type=int, default=0, help="of the masks; default 0")
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="what to call the runs")
@@ -60,13 +71,17 @@ def visualize(given: argparse.Namespace, say: Callable[[str], None]) -> None:
     if given.count < 1 or given.seed < 0:
         raise UsageError("--count must be 1 or more, and --seed 0 or more")
     page.check_out(given.out, PAGE)
-    subjects = open_subjects(given.runs, given.labels, pair(given.image_size), pick_device(given.device), given.seed)
+    device = pick_device(given.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    subjects = open_subjects(given.runs, given.labels, pair(given.image_size), device, given.seed)
     for subject in subjects:
         if not subject.decoder:
             raise UsageError(f"{subject.label} has no decoder, so it reconstructs nothing; give a pretraining run")
+    gallery.check_labels(subjects)
     images = read_images(given.images, subjects, given.count)
-    for line in images.skipped:
-        say(f"skipped, unreadable: {line}")
+    for line in images.say(given.count):
+        say(line)
     sheets, left_out = [], []
     for strategy in dict.fromkeys(given.strategies):
         for ratio in sorted(set(given.ratios)):
@@ -79,12 +94,16 @@ def visualize(given: argparse.Namespace, say: Callable[[str], None]) -> None:
     if not sheets:
         raise UsageError("none of the --ratios leaves regions visible and hidden in these images; give others")
     given.out.mkdir(parents=True, exist_ok=True)
-    for sheet in sheets:
-        gallery.write_sheet(given.out / f"{sheet.name}.png", sheet)
-        losses = ", ".join(f"{label} {loss:.4f}" for label, loss in sheet.losses.items())
-        say(f"{sheet.strategy} {sheet.ratio:g}: loss {losses}")
+    # First: it tells that the pictures beside it are of this command, also where that is interrupted.
     text = page.html(subjects, images, sheets, left_out)
     write_whole(given.out / PAGE, lambda file: file.write(text.encode()))
+    for old in set(gallery.sheets_in(given.out)) - {f"{sheet.name}.png" for sheet in sheets}:
+        (given.out / old).unlink()
+    for sheet in sheets:
+        with matplotlib.rc_context({"text.parse_math": False}):  # a label is a name, whatever is in it
+            gallery.write_sheet(given.out / f"{sheet.name}.png", sheet)
+        losses = ", ".join(f"{label} {loss:.4f}" for label, loss in sheet.losses.items())
+        say(f"{sheet.strategy} {sheet.ratio:g}: loss {losses}")
     say(f"look: {given.out / PAGE}, and a picture for each strategy and ratio beside it")
 
 

@@ -1,6 +1,7 @@
 """Collapse watched during pretraining: it changes nothing of training, repeats bit for bit, and warns."""
 
 import json
+import math
 import signal
 import subprocess
 
@@ -59,6 +60,17 @@ def test_watching_changes_nothing_of_training_and_is_what_a_new_measurement_find
     again = measure(model, images, 4)
     assert model.training and again["cosine_distance"] == pytest.approx(found[-1]["cosine_distance"], rel=1e-6)
     assert [layer["dead_share"] for layer in again["layers"]] == [at["dead_share"] for at in found[-1]["layers"]]
+
+
+def test_features_that_are_not_finite_end_no_run_and_hide_no_collapse(place):
+    config = settings.load(Config, place / "config.yaml", given(place, "nothing"))
+    family.fill(config)
+    model = build_model(config)
+    with torch.no_grad():
+        model.encoder.stages[1].blocks[0].mlp.fc2.weight[:] = 1e6 * torch.randn(1, 48)
+        model.encoder.stages[2].blocks[0].mlp.fc2.weight[3, 5] = float("nan")
+    found = measure(model, torch.randn(4, 3, 64, 64), 2)
+    assert math.isnan(found["cosine_distance"]) and "in stage 2 block 1" in collapsed(found)
 
 
 @pytest.mark.slow  # tests/test_resume.py has it too, for runs that are stopped and for a damaged checkpoint

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from fcmae.analysis.images import read_images
 from fcmae.analysis.results import SAVING
 from fcmae.analysis.subjects import open_subject
 from fcmae.analyze import WHATS, main
-from fcmae.convert import convert, read_checkpoint
 from fcmae.loss import masked_pixel_loss
 from helpers import close
 from small_subjects import analysed, make_images, make_run
@@ -144,32 +144,13 @@ def test_a_layer_is_most_like_itself(place, tmp_path):
     close(values, values.T, 1e-5)
 
 
-def test_weights_of_any_layout_are_the_same_network(place, tmp_path):
-    """A run, its checkpoint, timm's layout of it, and random weights that the run began with."""
-    convert(place / "convnext", tmp_path / "timm.safetensors", "timm")
-    convert(place / "vit", tmp_path / "vit.pth", "official", with_decoder=True, verify=False)
-    checkpoint = place / "convnext" / "checkpoints" / "step_000000001.pt"
-    given = (place / "convnext", checkpoint, tmp_path / "timm.safetensors", f"{place / 'convnext'}@random")
-    more = ("--images", place / "all", "--image-size", 64, "--count", 4)
-    found = analysed(tmp_path / "out", "cosine-distance", *given, *more)
-    run, *others, random = (value["mean"] for value in found["results"].values())
-    assert others == pytest.approx([run, run], rel=1e-6) and abs(random - run) > 1e-3
-    assert found["subjects"]["convnext, random"]["what"] == "fcmae_convnextv2_atto, random weights"
-    assert found["subjects"]["timm.safetensors"]["image_size"] == [64, 64]
-    assert "encoder.stem.0.weight" in read_checkpoint(tmp_path / "timm.safetensors")
-
-
-def test_a_timm_model_by_name(place, tmp_path):
-    given = ("timm:convnext_atto@random", "timm:vit_tiny_patch16_224@random", "--image-size", 64, "--images")
-    found = analysed(tmp_path, "cosine-distance", *given, place / "all", "--count", 2)["results"]
-    assert [len(value["layers"]) for value in found.values()] == [12, 12]
-
-
 @pytest.mark.parametrize(
     "given,words",
     [
-        (["{convnext}", "--what", "cosine"], ["--what cosine", "cosine-distance"]),
-        (["nowhere", "--what", "cka"], ["nowhere", "no such file"]),
+        (["{convnext}", "--what", "cosine"], ["--what 'cosine'", "did you mean 'cosine-distance'"]),
+        (["nowhere", "--what", "cka"], ["no file is called nowhere"]),
+        (["convnext_atto", "--what", "cka"], ["timm's model is timm:convnext_atto"]),
+        (["timm:convnext_atto@rand", "--what", "cka"], ["random weights: timm:convnext_atto@random"]),
         (["timm:convnextv3", "--what", "cka", "--images", "{all}"], ["no model 'convnextv3'", "did you mean"]),
         (["{convnext}", "--what", "attention-distance"], ["attention-distance", "no ViT"]),
         (["timm:convnext_atto@random", "--what", "mask-sensitivity"], ["no decoder"]),
@@ -215,3 +196,37 @@ def test_pretrained_weights_without_a_network_are_one_line(place, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and "@random needs none" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_read_is_replaced_by_what_can(place, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate(("a", "b", "c", "d")):
+        data = (place / "all" / f"{i:03d}.png").read_bytes()
+        (tmp_path / "images" / f"{name}.png").write_bytes(data[:100] if name in "ac" else data)
+    found = analysed(tmp_path / "out", "filters", place / "vit", "--images", tmp_path / "images", "--count", 1)
+    assert [Path(name).name for name in found["images"]["used"]] == ["b.png"] and len(found["images"]["skipped"]) == 1
+
+
+def test_a_network_that_makes_nan_is_one_line(place, tmp_path, capsys):
+    def diverge(model):
+        model.encoder.stages[2].blocks[1].mlp.fc1.weight[:] = float("nan")
+
+    folder = make_run(tmp_path / "run", "convnext", place / "all", diverge)
+    assert main([str(folder), "--what", "cka", "activations", "--out", str(tmp_path / "out")]) == 2
+    assert "run: features are NaN or infinite from stage 3 block 2 on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_size_that_a_network_does_not_take_is_one_line(place, tmp_path, capsys):
+    given = ["timm:mixer_s32_224@random", "--what", "filters", "--images", str(place / "one"), "--image-size", "64"]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot encode images of 64 x 64" in error
+
+
+def test_events_of_others_stay(place, tmp_path, capsys):
+    events = tmp_path / "tensorboard" / "filters" / "events.out.tfevents.mine"
+    events.parent.mkdir(parents=True)
+    events.write_bytes(b"mine")
+    assert main([str(place / "vit"), "--what", "filters", "--out", str(tmp_path)]) == 2
+    assert "not written by fcmae.analyze" in capsys.readouterr().err and events.read_bytes() == b"mine"

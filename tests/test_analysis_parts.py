@@ -1,5 +1,6 @@
 """The measures against their definitions, on small tensors."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import timm
 import torch
 
 from fcmae.analysis import activations, attention_distance, cka, filters, receptive_field
-from fcmae.analysis.blocks import blocks_of
+from fcmae.analysis.blocks import blocks_of, mlps_of
 from fcmae.analysis.cosine_distance import cosine_distance
 from fcmae.analysis.position_similarity import similarities
 from fcmae.models import FCMAE, MAE
@@ -105,8 +106,9 @@ def hsic_by_hand(k, l):  # noqa: E741
 
 
 def test_cka_against_the_definition_and_its_invariances():
+    torch.manual_seed(0)
     x, y = torch.randn(12, 3, 5, dtype=torch.float64), torch.randn(12, 7, dtype=torch.float64)
-    y[:, :5] += x[:, 0]
+    y[:, :5] += 3 * x[:, 0]
     k, l = cka.gram(x), cka.gram(y)  # noqa: E741
     close(k[2, 7], (x[2] * x[7]).sum(), 1e-12)
     close(cka.hsic(k, l), hsic_by_hand(k, l), 1e-12)
@@ -121,13 +123,23 @@ def test_cka_against_the_definition_and_its_invariances():
     close(cka.minibatch_cka([([k], [l]), ([k], [l])]), value, 1e-12)
     unrelated = torch.stack([cka.hsic(k, cka.gram(torch.randn(12, 7, dtype=torch.float64))) for _ in range(300)])
     assert unrelated.mean().abs() < 4 * unrelated.std() / 300**0.5  # unbiased
+    same = cka.gram(torch.randn(1, 40).expand(12, 40) + 1e-9)  # all examples alike, but for rounding
+    assert torch.isnan(cka.minibatch_cka([([k, same], [l])])).tolist() == [[False], [True]]
+
+
+def test_gated_mlps_and_attention_that_sees_more_than_queries_and_keys_are_left_alone():
+    gated = timm.create_model("eva02_tiny_patch14_224", depth=1, num_classes=0)
+    assert blocks_of(gated) and mlps_of(gated, "fc1") == {}
+    plain = timm.create_model("vit_tiny_patch16_224", depth=1)
+    assert [len(found) for found in (mlps_of(plain, "fc2"), attention_distance.attentions_of(plain))] == [1, 1]
+    assert attention_distance.attentions_of(timm.create_model("samvit_base_patch16", depth=1)) == {}
 
 
 def test_an_influence_field_ends_where_the_network_does():
     """Without GRN the last stage's centre sees 3 positions of every stage to each side, and no further."""
     torch.manual_seed(0)
     model = shake(FCMAE(576, depths=(1, 1, 1, 1), dims=(4, 4, 4, 4), decoder_dim=4, norm="none")).eval()
-    field = receptive_field.influence(model, torch.randn(1, 3, 576, 576))
+    field, _ = receptive_field.influence(model, torch.randn(1, 3, 576, 576))
     # The centre's 32 pixels begin at 288; each stage's 7x7 adds 3 of its positions.
     reach = 3 * (4 + 8 + 16 + 32)
     inside = slice(288 - reach, 320 + reach)
@@ -145,14 +157,34 @@ def test_masked_pixels_have_no_influence(backend):
     convnext = FCMAE((64, 96), depths=(1, 1, 1, 1), dims=(4, 8, 8, 8), decoder_dim=4, backend=backend)
     for model in (convnext, vit) if backend == "native" else (convnext,):
         shake(model).eval()
-        field = receptive_field.influence(model, images, mask)
+        field, centre = receptive_field.influence(model, images, mask)
+        assert centre == ((48, 48) if model is convnext else (40, 56))  # of the region, of the patch
         assert (field[hidden] == 0).all() and (field[~hidden] > 0).all()
         x = images[:1].clone().requires_grad_()
         if model is convnext:
             model.encode(x, mask[None])[0, :, 1, 1].sum().backward()
         else:  # the patch in row 2, column 3 comes after two visible ones of each row before and one of its own
-            model.encode(x, mask[None])[0, 1 + 2 + 2 + 1].sum().backward()
-        close(receptive_field.influence(model, images[:1], mask), x.grad.abs().sum((0, 1)).double(), 1e-5)
+            bare = copy.deepcopy(model)
+            bare.norm = torch.nn.Identity()
+            bare.encode(x, mask[None])[0, 1 + 2 + 2 + 1].sum().backward()
+        close(receptive_field.influence(model, images[:1], mask)[0], x.grad.abs().sum((0, 1)).double(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
+def test_a_networks_last_norm_and_its_strides_have_no_part_in_the_field(name):
+    """The sum of what a LayerNorm puts out is constant at first; padded convolutions see around another centre."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, **({"img_size": 96, "depth": 2} if name.startswith("vit") else {})).eval()
+    field, centre = receptive_field.influence(network, torch.randn(2, 3, 96, 96))
+    near, far = receptive_field.radii(field, centre)
+    assert field.sum() > 0.1 and near < far
+    if name == "resnet10t":
+        rows = torch.arange(96, dtype=torch.float64) + 0.5
+        assert centre == pytest.approx(
+            ((field.sum(1) @ rows / field.sum()).item(), (field.sum(0) @ rows / field.sum()).item())
+        )
+    else:
+        assert centre == (56, 56)
 
 
 def test_radii():

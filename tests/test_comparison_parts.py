@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fcmae import config as settings
-from fcmae.analysis.cosine_distance import cosine_distance
 from fcmae.compare import main
 from fcmae.comparison import measure
 from fcmae.comparison.memory import peak_memory
@@ -108,19 +107,6 @@ def test_the_probe_is_the_minimum_and_the_same_every_time():
 def test_accuracy_and_its_error():
     found = representation.accuracy(torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 0, 1]))
     assert found == {"top1": 0.5, "standard_error": 0.25, "balanced": pytest.approx((2 / 3 + 0) / 2)}
-
-
-def test_cosine_distance_against_a_double_loop():
-    x = torch.randn(3, 10, 6, dtype=torch.float64)
-    x[1, :, 2] = 0
-    for image, found in zip(x, cosine_distance(x), strict=True):
-        total = 0.0
-        for i in range(6):
-            for j in range(6):
-                a, b = image[:, i], image[:, j]
-                length = (a.norm() * b.norm()).item()
-                total += (1 - (a @ b).item() / length if length else 1.0) / 2
-        assert found.item() == pytest.approx(total / 36)
 
 
 def test_the_split_of_labelled_images(place, tmp_path):

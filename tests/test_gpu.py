@@ -3,15 +3,21 @@
 The kernels alone are in test_triton_conv.py and test_triton_rows.py.
 """
 
+import json
+
 import pytest
 import torch
 
 from fcmae import create_model
+from fcmae.analyze import WHATS
+from fcmae.analyze import main as analyze
 from fcmae.kernels import backends
 from fcmae.masking import mask_from_noise
 from fcmae.pretrain import main
+from fcmae.visualize import main as visualize
 from helpers import TOLERANCE, close, shake
 from small_runs import CONFIG, assert_same_run, make_pictures
+from small_subjects import make_images, make_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SMALL = {"image_size": 96, "depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24), "decoder_dim": 16}
@@ -78,6 +84,27 @@ def test_a_step_waits_for_nothing_and_fits_a_cuda_graph():
     assert loss.item() == expected
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert torch.equal(p.grad, grad)
+
+
+def test_analyses_find_what_they_find_on_a_cpu(tmp_path):
+    make_images(tmp_path)
+    runs = [str(make_run(tmp_path / kind, kind, tmp_path / "all")) for kind in ("convnext", "vit")]
+    found = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        assert analyze([*runs, "--what", *WHATS, "--count", "4", "--device", device, "--out", str(out)]) == 0
+        found[device] = {what: numbers(json.loads((out / f"{what}.json").read_text())["results"]) for what in WHATS}
+    for what in WHATS:
+        ours, theirs = (torch.tensor(found[device][what]) for device in ("cuda", "cpu"))
+        close(ours, theirs, 1e-3)
+    assert visualize([*runs, "--device", "cuda", "--ratios", "0.5", "--out", str(tmp_path / "looks")]) == 0
+
+
+def numbers(found) -> list[float]:
+    """All of nested plain data, in order."""
+    if isinstance(found, (dict, list)):
+        return [x for part in (found.values() if isinstance(found, dict) else found) for x in numbers(part)]
+    return [float(found)] if isinstance(found, (int, float)) else []
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

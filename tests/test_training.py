@@ -139,7 +139,10 @@ def test_low_precision_follows_fp32_and_resumes(place, single, tmp_path, precisi
     assert ("loss_scale" in low[0]) == (precision == "fp16")
     train(place, tmp_path / "again", *settings, f"resume={tmp_path / 'low' / 'checkpoints' / 'step_000000014.pt'}")
     assert metrics(tmp_path / "again") == low[14:]
-    (tmp_path / "again" / "metrics.jsonl").write_bytes((tmp_path / "low" / "metrics.jsonl").read_bytes())
+    for name in ("metrics.jsonl", "collapse.jsonl"):  # of a branch they begin where it does
+        whole = (tmp_path / "low" / name).read_bytes()
+        assert whole.endswith((tmp_path / "again" / name).read_bytes())
+        (tmp_path / "again" / name).write_bytes(whole)
     assert_same_run(tmp_path / "again", tmp_path / "low")
 
 
@@ -250,7 +253,8 @@ def test_what_a_run_leaves(place, tmp_path):
 
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     names = ("loss", "lr", "grad_norm", "images_per_second", "data_wait_share", "peak_memory_gib")
-    assert set(events.Tags()["scalars"]) == {f"train/{n}" for n in names}
+    watched = {f"collapse/{n}" for n in ("cosine_distance", "cosine_distance_in_mlp", "dead_share")}
+    assert set(events.Tags()["scalars"]) == {f"train/{n}" for n in names} | watched
     assert [e.value for e in events.Scalars("train/loss")] == [pytest.approx(r["loss"]) for r in metrics(out)]
     assert events.Tags()["images"] == ["reconstructions"]
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from browser import count_colour, embedded, places, screenshot
 from fcmae import pictures
+from fcmae.analysis import gallery
 from fcmae.analysis.gallery import masks_of, reconstructions, strip
 from fcmae.analysis.images import read_images
 from fcmae.analysis.subjects import open_subjects
@@ -123,6 +124,32 @@ def test_mistakes_are_one_line_and_write_nothing(place, tmp_path, capsys, given,
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_it_can_be_repeated_and_old_pictures_go(place, tmp_path, monkeypatch):
+    given = [str(place / "convnext"), "--count", "1", "--strategies", "random", "--out", str(tmp_path / "out")]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gallery, "write_sheet", interrupted)
+        main([*given, "--ratios", "0.3", "0.6"])
+    assert main([*given, "--ratios", "0.3", "0.6"]) == 0
+    (tmp_path / "out" / "mine.png").write_bytes(b"mine")
+    assert main([*given, "--ratios", "0.5"]) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"index.html", "mine.png", "random_0.5.png"}
+
+
+def test_runs_of_other_sizes_have_masks_of_their_own_and_names_are_not_taken(place, tmp_path, capsys):
+    small = make_run(tmp_path / "small", "convnext", place / "all", size=64)
+    subjects = open_subjects([str(place / "convnext"), str(small)], None, None, torch.device("cpu"), 0)
+    sheet = reconstructions(subjects, read_images(None, subjects, 2), "random", 0.5, 0)
+    shapes = [list(x.shape[2:]) for x in sheet.columns.values()]
+    assert list(sheet.columns)[1::2] == ["masked, 32 px of 96 x 96", "masked, 32 px of 64 x 64"]
+    assert shapes == [[96, 96], [96, 96], [96, 96], [64, 64], [64, 64]]
+    assert main([str(small), "--labels", "masked", "--out", str(tmp_path / "out")]) == 2
+    assert "a run cannot be called masked" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_page_of_something_else_stays(place, tmp_path, capsys):

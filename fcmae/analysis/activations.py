@@ -7,14 +7,27 @@ block sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fcmae.analysis import style
-from fcmae.analysis.blocks import activation_of, blocks_of, encode, mlps_of, rows, watched, widened
+from fcmae.analysis.blocks import (
+    activation_of,
+    blocks_of,
+    channels_last,
+    encode,
+    exact,
+    mlps_of,
+    rows,
+    sides,
+    unknown_blocks,
+    watched,
+    widened,
+)
 
 if TYPE_CHECKING:  # which needs fcmae.pretrain, which needs this
     from fcmae.analysis.subjects import Subject
@@ -37,7 +50,7 @@ class Channels:
 
     def add(self, x: Tensor) -> None:
         """Count (B, P, C)."""
-        x = x.flatten(0, -2).cpu().double()  # not every device has float64
+        x = exact(x.flatten(0, -2))
         self.count += len(x)
         self.sum, self.squares = self.sum + x.sum(0), self.squares + x.square().sum(0)
 
@@ -53,26 +66,34 @@ def silent_channels(mean: Tensor, std: Tensor, rms: Tensor) -> tuple[Tensor, Ten
     return dead, ~dead & (std < SATURATED * mean.abs())
 
 
-@torch.no_grad()
-def channel_states(network: nn.Module, batches: Iterable[Tensor], outputs: bool = True) -> list[dict]:
+def channel_states(network: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
     """Of each block, from first to last: channels, dead and saturated ones of its expansion (`widened`) where it has
-    one, and of its output (`output`), on whole images. outputs: whether the latter are looked at."""
+    one, and of its output (`output`), on whole images."""
+    with torch.no_grad(), watching_channels(network) as found:
+        for images in batches:
+            encode(network, images)
+    return found()
+
+
+@contextmanager
+def watching_channels(network: nn.Module, outputs: bool = True) -> Iterator[Callable[[], list[dict]]]:
+    """The same of all that goes through the network until the block ends; what it gives is to be asked afterwards.
+    outputs: whether the blocks' outputs are looked at too."""
     blocks, widening = blocks_of(network), mlps_of(network, "fc1")
     wide, out = {name: Channels() for name in widening}, {name: Channels() for name in blocks if outputs}
 
     def see_wide(name: str, x: Tensor) -> None:
         wide[name].add(widened(network, widening[name], activation_of(blocks[name])(x)))
 
+    def found() -> list[dict]:
+        of = (("widened", wide), ("output", out))
+        return [{"layer": name} | {key: _counted(c[name]) for key, c in of if name in c} for name in blocks]
+
     with (
         watched(widening, see_wide),
         watched({name: blocks[name] for name in out}, lambda name, x: out[name].add(rows(network, x))),
     ):
-        for images in batches:
-            encode(network, images)
-    return [
-        {"layer": name} | {key: _counted(of[name]) for key, of in (("widened", wide), ("output", out)) if name in of}
-        for name in blocks
-    ]
+        yield found
 
 
 def _counted(channels: Channels) -> dict:
@@ -82,7 +103,7 @@ def _counted(channels: Channels) -> dict:
 
 def refusal(subject: Subject) -> str | None:
     """Why it cannot be measured, if so."""
-    return None if subject.blocks else "it has no blocks under known names (ConvNeXt, ViT, Swin, ResNet, EfficientNet)"
+    return unknown_blocks(subject.network)
 
 
 def measure(subject: Subject, images: Tensor, settings) -> dict:
@@ -105,26 +126,26 @@ def _maps(subject: Subject, image: Tensor) -> dict[str, dict]:
     if len(names) == 1:
         every = list(blocks)
         names = [every[round((i + 1) / 4 * len(every)) - 1] for i in range(4)] if len(every) > 3 else every
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, tuple[int, int]]] = {}
 
     def see(name: str, x: Tensor) -> None:
+        last = not isinstance(widening[name], nn.Conv2d) if name in widening else channels_last(subject.network)
+        shape = sides(x, last, subject.grid)
         if name in widening:
             x = widened(subject.network, widening[name], activation_of(blocks[name])(x))
         else:
             x = rows(subject.network, x)
-        found[name] = x[0].float().cpu()
+        found[name] = x[0].float().cpu(), shape
 
     with watched({name: widening.get(name, blocks[name]) for name in names}, see):
         encode(subject.network, image)
-    return {name: _map(subject, x) for name, x in found.items()}
+    return {name: _map(*one) for name, one in found.items()}
 
 
-def _map(subject: Subject, x: Tensor) -> dict:
-    """The strongest channels of (P, C) as maps, to four digits of the largest magnitude."""
-    h, w = subject.image_size
-    columns = round((x.shape[0] * w / h) ** 0.5)
+def _map(x: Tensor, shape: tuple[int, int]) -> dict:
+    """The strongest channels of (P, C) as maps of P = rows x columns, to four digits of the largest magnitude."""
     chosen = x.square().mean(0).argsort(descending=True)[:SHOWN].sort().values
-    maps = x[:, chosen].T.reshape(len(chosen), -1, columns)
+    maps = x[:, chosen].T.reshape(len(chosen), *shape)
     digits = 4 - int(maps.abs().max().clamp(min=1e-30).log10().floor())
     return {"channels": chosen.tolist(), "values": [[[round(v, digits) for v in r] for r in m] for m in maps.tolist()]}
 
@@ -142,7 +163,9 @@ def draw(results: dict[str, dict]):
             ax.set_title(layer, fontsize=8)
         row[0].set_title(f"{name}\n{row[0].get_title()}", fontsize=8)
         _shares(row[-1], found["layers"])
-    return figure
+    what = f"the {SHOWN} strongest channels after GELU, or of a block without it, on one image, all in one colour scale"
+    dead = f"dead: rms up to {DEAD:.0%} of the layer's mean rms; saturated: std less than {SATURATED:.0%} of the mean"
+    return style.note(figure, f"{what}\n{dead}")
 
 
 def _shares(ax, layers: list[dict]) -> None:
@@ -154,7 +177,7 @@ def _shares(ax, layers: list[dict]) -> None:
                 ax.plot(*zip(*points, strict=True), line, color=colour, markersize=3, linewidth=1.2,
                         label=f"{kind}, {'after GELU' if key == 'widened' else 'block output'}")  # fmt: skip
     ax.set_ylabel("% of channels", fontsize=8)
-    ax.set_xlabel("depth", fontsize=8)
+    ax.set_xlabel("depth: share of the blocks passed", fontsize=8)
     ax.set_ylim(-2, 102)
     ax.legend(frameon=False, fontsize=6)
 

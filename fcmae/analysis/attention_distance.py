@@ -40,7 +40,9 @@ def attentions_of(network: nn.Module) -> dict[str, nn.Module]:
     found = (
         [getattr(block, "attn", None) for block in blocks] if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else []
     )
-    if not found or not all(type(a).__name__ == "Attention" and hasattr(a, "q_norm") for a in found):
+    # SAM's adds positions to its weights, and sees windows.
+    plain = (type(a).__name__ == "Attention" and hasattr(a, "q_norm") and not hasattr(a, "use_rel_pos") for a in found)
+    if not found or not all(plain):
         return {}
     return {f"block {i + 1}": attention for i, attention in enumerate(found)}
 
@@ -97,9 +99,11 @@ def draw(results: dict[str, dict]):
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("block")
         ax.set_ylabel("mean attention distance, pixels")
-        ax.set_ylim(bottom=0)
+        ax.set_xticks(range(1, len(found["layers"]) + 1))
+        ax.tick_params(axis="x", labelsize=7)
+        ax.set_ylim(0, 1.12 * max(found["uniform"], *(d for layer in found["layers"] for d in layer["heads"])))
         ax.legend(frameon=False, fontsize=7, loc="lower right")
-    return style.plain(figure)
+    return style.note(style.plain(figure), "a dot for each head: pixels between patches, weighted by its attention")
 
 
 def say(name: str, found: dict) -> str:

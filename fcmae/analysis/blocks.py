@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcmae.masking import grid_size
 from fcmae.models.autoencoder import MaskedAutoencoder
+from fcmae.models.mae import MAE
 from fcmae.models.norms import GRN
 
 _BLOCK = re.compile(
@@ -52,6 +54,26 @@ def rows(network: nn.Module, x: Tensor) -> Tensor:
     return x.flatten(1, 2) if channels_last(network) else x.flatten(2).transpose(1, 2)
 
 
+def patch_grid(network: nn.Module, size: tuple[int, int]) -> tuple[int, int] | None:
+    """Rows and columns of a ViT's patches of images of (H, W) pixels; None for other networks."""
+    if isinstance(network, MAE):
+        return grid_size(size, network.patch_size)
+    if not hasattr(network, "pos_embed") or not hasattr(network, "blocks"):
+        return None
+    # Of a hybrid a patch is one position of a map.
+    return getattr(getattr(network, "patch_embed", None), "grid_size", None)
+
+
+def sides(x: Tensor, last: bool, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of a map's positions. last: its channels are; grid: of the patches, if it is tokens instead."""
+    return grid if x.ndim == 3 else tuple(x.shape[1:3] if last else x.shape[2:])
+
+
+def exact(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def prefix_tokens(network: nn.Module) -> int:
     """How many tokens come before the patches'."""
     return 1 if isinstance(network, MaskedAutoencoder) else getattr(network, "num_prefix_tokens", 0)
@@ -63,9 +85,27 @@ def channels_last(network: nn.Module) -> bool:
 
 
 def mlps_of(network: nn.Module, layer: str) -> dict[str, nn.Module]:
-    """`fc1`, which widens a block's features, or `fc2`, which narrows them, of each block that has such."""
-    found = {name: getattr(getattr(block, "mlp", None), layer, None) for name, block in blocks_of(network).items()}
-    return {name: module for name, module in found.items() if module is not None}
+    """`fc1`, which widens a block's features, or `fc2`, which narrows them, of each block that has such. Not of gated
+    MLPs, where half of what comes out of `fc1` is the gate."""
+    found = {name: getattr(block, "mlp", None) for name, block in blocks_of(network).items()}
+    plain = {name: mlp for name, mlp in found.items() if hasattr(mlp, "fc1") and hasattr(mlp, "fc2")}
+    return {name: getattr(mlp, layer) for name, mlp in plain.items() if len(mlp.fc1.weight) == mlp.fc2.weight.shape[1]}
+
+
+def unknown_blocks(network: nn.Module) -> str | None:
+    """Why nothing can be seen between its layers, if so."""
+    return (
+        None if blocks_of(network) else "it has no blocks under known names (ConvNeXt, ViT, Swin, ResNet, EfficientNet)"
+    )
+
+
+@torch.no_grad()
+def first_nonfinite(network: nn.Module, images: Tensor) -> str | None:
+    """Where NaN or infinite features of whole images (B, C, H, W) begin: a block's name; None if all are finite."""
+    bad: list[str] = []
+    with watched(blocks_of(network), lambda name, x: None if x.isfinite().all() else bad.append(name)):
+        output = encode(network, images)
+    return bad[0] if bad else None if output.isfinite().all() else "its output"
 
 
 def widened(network: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:

@@ -8,17 +8,22 @@ minibatch estimate of arXiv 2010.15327 §3.1, whose value does not depend on the
 
 from __future__ import annotations
 
+from math import isnan
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.analysis import style
-from fcmae.analysis.blocks import encode, rows, watched
+from fcmae.analysis.blocks import encode, rows, unknown_blocks, watched
 from fcmae.analysis.subjects import Subject
 
 PAIRS = True  # `measure` is given two subjects
 LEAST = 4  # examples that the unbiased estimate needs
+ENOUGH = 16  # examples below which even untrained networks look alike
 CROPS = 9
+ALIKE = 1e-12  # of a layer's own similarity, relative to its features: below it all examples are the same to it
 
 
 def gram(x: Tensor) -> Tensor:
@@ -36,18 +41,24 @@ def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741 - the paper's letters
 
 
 def minibatch_cka(batches: list[tuple[list[Tensor], list[Tensor]]]) -> Tensor:
-    """CKA (layers of one, layers of two) of Gram matrices, for each batch those of both networks' layers."""
-    between, one, two = 0.0, 0.0, 0.0
+    """CKA (layers of one, layers of two) of Gram matrices, for each batch those of both networks' layers. NaN where all
+    examples are the same to a layer, as to one that has collapsed."""
+    between, one, two, sizes = 0.0, 0.0, 0.0, [0.0, 0.0]
     for first, second in batches:
         between = between + torch.stack([torch.stack([hsic(k, l) for l in second]) for k in first])  # noqa: E741
         one = one + torch.stack([hsic(k, k) for k in first])
         two = two + torch.stack([hsic(l, l) for l in second])  # noqa: E741
-    return between / (one[:, None] * two[None]).clamp(min=1e-300).sqrt()
+        sizes = [
+            size + torch.stack([k.square().mean() for k in part])
+            for size, part in zip(sizes, (first, second), strict=True)
+        ]
+    one, two = (torch.where(own > ALIKE * size, own, torch.nan) for own, size in zip((one, two), sizes, strict=True))
+    return between / (one[:, None] * two[None]).sqrt()
 
 
 def refusal(subject: Subject) -> str | None:
     """Why it cannot be measured, if so."""
-    return None if subject.blocks else "it has no blocks under known names (ConvNeXt, ViT, Swin, ResNet, EfficientNet)"
+    return unknown_blocks(subject.network)
 
 
 def measure(first: Subject, second: Subject, images: tuple[Tensor, Tensor], settings) -> dict:
@@ -66,9 +77,12 @@ def measure(first: Subject, second: Subject, images: tuple[Tensor, Tensor], sett
         "first": first.label,
         "second": second.label,
         "examples": examples,
+        "count": count,
         "rows": list(first.blocks),
         "columns": list(second.blocks),
-        "values": [[round(value, 6) for value in row] for row in minibatch_cka(batches).tolist()],
+        "values": [
+            [None if isnan(value) else round(value, 6) for value in row] for row in minibatch_cka(batches).tolist()
+        ],
     }
 
 
@@ -96,13 +110,14 @@ def draw(results: dict[str, dict]):
     """A heat map: blocks of the second subject over those of the first."""
     figure, axes = style.panels(results, 5.4, 4.6)
     for ax, found in zip(axes, results.values(), strict=True):
-        shown = ax.imshow(found["values"], origin="lower", cmap=style.MAP, vmin=0, vmax=1, aspect="auto")
+        values = np.array(found["values"], dtype=float)  # None becomes NaN, which stays blank
+        shown = ax.imshow(values, origin="lower", cmap=style.MAP, vmin=0, vmax=1, aspect="auto")
         ax.set_ylabel(f"blocks of {found['first']}")
         ax.set_xlabel(f"blocks of {found['second']}")
         ax.set_title(f"linear CKA, {found['examples']}", fontsize=9)
-        for axis, count in ((ax.xaxis, len(found["columns"])), (ax.yaxis, len(found["rows"]))):
-            every = max(1, count // 12)
-            axis.set_ticks(list(range(0, count, every)), [str(i + 1) for i in range(0, count, every)])
+        for axis, names, turn in ((ax.xaxis, found["columns"], 90), (ax.yaxis, found["rows"], 0)):
+            every = max(1, len(names) // 12)
+            axis.set_ticks(list(range(0, len(names), every)), names[::every], rotation=turn, fontsize=7)
         figure.colorbar(shown, ax=ax)
     return figure
 
@@ -110,8 +125,15 @@ def draw(results: dict[str, dict]):
 def say(name: str, found: dict) -> str:
     """What came out, in a line."""
     values = found["values"]
-    best = max(((v, i, j) for i, row in enumerate(values) for j, v in enumerate(row)), key=lambda each: each[0])
-    return (
-        f"last blocks {values[-1][-1]:.3f}; most alike {best[0]:.3f}: {found['first']} {found['rows'][best[1]]} and "
-        f"{found['second']} {found['columns'][best[2]]}"
+    known = [(v, i, j) for i, row in enumerate(values) for j, v in enumerate(row) if v is not None]
+    if not known:
+        return "nothing to compare: all examples are the same to every layer of one of them"
+    best, last = max(known), values[-1][-1]
+    said = (
+        f"last blocks {'unknown' if last is None else f'{last:.3f}'}; most alike {best[0]:.3f}: {found['first']} "
+        f"{found['rows'][best[1]]} and {found['second']} {found['columns'][best[2]]}; {found['examples']}"
     )
+    few = (
+        f" (fewer than {ENOUGH}: even untrained networks look alike; raise --count)" if found["count"] < ENOUGH else ""
+    )
+    return said + few

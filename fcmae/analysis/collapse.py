@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.analysis.activations import channel_states
-from fcmae.analysis.cosine_distance import cosine_distances
+from fcmae.analysis.activations import watching_channels
+from fcmae.analysis.blocks import encode
+from fcmae.analysis.cosine_distance import watching_distances
 from fcmae.data import MaskedImages
 from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.models.support import MINKOWSKI
@@ -29,10 +30,7 @@ PROBE = 16  # images: the first of the data, as they were cut in epoch 0
 # or so large a share of its MLP's channels is zero everywhere.
 ALIKE = 0.1
 DEAD_SHARE = 0.5
-WARNING = (
-    "features collapse: {what}; GRN is there against it (model.norm=grn), or lower the learning rate "
-    "(fcmae.analyze shows more)"
-)
+WARNING = "features collapse: {what}; {advice}lower the learning rate (fcmae.analyze shows more)"
 
 
 class CollapseWatch:
@@ -53,10 +51,14 @@ class CollapseWatch:
         self.every = 0 if config.sparse.backend == MINKOWSKI else config.log.collapse_every  # its blocks take no maps
         self.state, self.dataset, self.log, self.device = state, dataset, log, device
         self.precision, self.batch = config.train.precision, min(PROBE, config.train.batch_size)
+        v1 = hasattr(state.model, "norm") and state.model.norm == "none"
+        self.advice = "GRN is there against it (model.norm=grn), or " if v1 else ""
         self.images: Tensor | None = None
         self.warned = False
         # A run that goes on from a step measures before it, whether or not the one before it had come to that.
-        self.file = MetricsFile(folder.collapse, state.progress.step - 1) if self.every and log.is_main else None
+        self.file = None
+        if log.is_main and (self.every or folder.collapse.exists()):
+            self.file = MetricsFile(folder.collapse, state.progress.step - 1)
 
     def __call__(self, step: int) -> None:
         """Measure, if it is time to."""
@@ -75,7 +77,7 @@ class CollapseWatch:
         what = collapsed(row)
         if what and not self.warned:
             self.warned = True
-            self.log.say(f"warning: step {step}: {WARNING.format(what=what)}")
+            self.log.say(f"warning: step {step}: {WARNING.format(what=what, advice=self.advice)}")
 
     def close(self) -> None:
         """Close the file."""
@@ -89,10 +91,12 @@ def measure(model: MaskedAutoencoder, images: Tensor, batch: int) -> dict:
     training = model.training
     model.eval()
     try:
-        layers = cosine_distances(model, images.split(batch))
-        states = channel_states(model, images.split(batch), outputs=False)
+        with torch.no_grad(), watching_distances(model) as distances, watching_channels(model, outputs=False) as states:
+            for part in images.split(batch):
+                encode(model, part)
     finally:
         model.train(training)
+    layers, states = distances(), states()
     dead = [state["widened"]["dead"] / state["widened"]["channels"] for state in states]
     return {
         "cosine_distance": statistics.fmean(layer["distance"] for layer in layers),
@@ -121,10 +125,10 @@ def _finite(value: Any) -> Any:
 
 def collapsed(row: dict) -> str | None:
     """What of a measurement is beyond `ALIKE` or `DEAD_SHARE`, in words; None if nothing is."""
-    alike = min(row["layers"], key=lambda layer: min(layer["cosine_distance"], layer["in_mlp"]))
-    least = min(alike["cosine_distance"], alike["in_mlp"])
+    distances = [(layer[key], layer["layer"]) for layer in row["layers"] for key in ("cosine_distance", "in_mlp")]
+    least, where = min(((x, name) for x, name in distances if math.isfinite(x)), default=(1.0, ""))
     if least < ALIKE:
-        return f"the cosine distance of channels is {least:.3f} in {alike['layer']}, less than {ALIKE}"
+        return f"the cosine distance of channels is {least:.3f} in {where}, less than {ALIKE}"
     dead = max(row["layers"], key=lambda layer: layer["dead_share"])
     if dead["dead_share"] > DEAD_SHARE:
         return f"{dead['dead_share']:.0%} of the MLP's channels are dead in {dead['layer']}, more than {DEAD_SHARE:.0%}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.analysis import style
-from fcmae.analysis.blocks import blocks_of, encode, mlps_of, rows, watched, widened
+from fcmae.analysis.blocks import blocks_of, encode, exact, mlps_of, rows, unknown_blocks, watched, widened
 
 if TYPE_CHECKING:  # which needs fcmae.pretrain, which needs this
     from fcmae.analysis.subjects import Subject
@@ -22,47 +23,55 @@ def cosine_distance(x: Tensor) -> Tensor:
 
     x: (B, P, C), channel i at P positions is X_i (arXiv 2301.00808 §4). A channel that is zero everywhere has cosine 0.
     """
-    unit = F.normalize(x.double(), dim=1)
+    unit = F.normalize(exact(x), dim=1)
     return (1 - unit.sum(2).square().sum(1) / x.shape[2] ** 2) / 2  # the sum of all cosines is |sum of X_i/|X_i||^2
 
 
-@torch.no_grad()
 def cosine_distances(network: nn.Module, batches: Iterable[Tensor]) -> list[dict[str, object]]:
     """The mean cosine distance in each block of an encoder on whole images (B, C, H, W), from first to last, and its
     standard error over images: `distance` of what the block puts out, `widened` of what the second layer of its MLP
     takes, after GELU and GRN, where it has one. Of a ViT the patches' tokens, without the class token."""
+    with torch.no_grad(), watching_distances(network) as found:
+        for images in batches:
+            encode(network, images)
+    return found()
+
+
+@contextmanager
+def watching_distances(network: nn.Module) -> Iterator[Callable[[], list[dict[str, object]]]]:
+    """The same of all that goes through the network until the block ends; what it gives is to be asked afterwards."""
     blocks, narrowing = blocks_of(network), mlps_of(network, "fc2")
     out: dict[str, list[float]] = {name: [] for name in blocks}
     wide: dict[str, list[float]] = {name: [] for name in narrowing}
 
     def see(name: str, x: Tensor) -> None:
-        out[name] += cosine_distance(rows(network, x).cpu()).tolist()  # not every device has float64
+        out[name] += cosine_distance(rows(network, x)).tolist()
 
     def see_wide(name: str, x: Tensor) -> None:
-        wide[name] += cosine_distance(widened(network, narrowing[name], x).cpu()).tolist()
+        wide[name] += cosine_distance(widened(network, narrowing[name], x)).tolist()
+
+    def found() -> list[dict[str, object]]:
+        return [{"layer": name} | _mean("distance", out[name]) | _mean("widened", wide.get(name)) for name in out]
 
     with watched(blocks, see), watched(narrowing, see_wide, inputs=True):
-        for images in batches:
-            encode(network, images)
-    return [
-        {"layer": name, "distance": statistics.fmean(each), "standard_error": standard_error(each)}
-        | (
-            {"widened": statistics.fmean(w), "widened_standard_error": standard_error(w)}
-            if (w := wide.get(name))
-            else {}
-        )
-        for name, each in out.items()
-    ]
+        yield found
+
+
+def _mean(name: str, values: list[float] | None) -> dict[str, float]:
+    if values is None:
+        return {}
+    error = "standard_error" if name == "distance" else f"{name}_standard_error"
+    return {name: statistics.fmean(values), error: standard_error(values)}
 
 
 def standard_error(values: list[float]) -> float:
     """Of their mean; 0 of a single one, which tells nothing of it."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return torch.tensor(values, dtype=torch.float64).std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def refusal(subject: Subject) -> str | None:
     """Why it cannot be measured, if so."""
-    return None if subject.blocks else "it has no blocks under known names (ConvNeXt, ViT, Swin, ResNet, EfficientNet)"
+    return unknown_blocks(subject.network)
 
 
 def measure(subject: Subject, images: Tensor, settings) -> dict:
@@ -89,7 +98,7 @@ def draw(results: dict[str, dict]):
     axes[0].set_ylabel("mean pairwise cosine distance of channels")
     axes[0].set_ylim(bottom=0)
     style.legend(figure, results)
-    return style.plain(figure)
+    return style.note(style.plain(figure), "0.5: channels that have nothing to do with each other; 0: all are the same")
 
 
 def say(name: str, found: dict) -> str:

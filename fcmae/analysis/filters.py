@@ -65,12 +65,11 @@ def draw(results: dict[str, dict]):
     """A sheet for each subject's filters, and one for a ViT's principal components."""
     shown = {}
     for name, found in results.items():
-        shown[f"{name}: {len(found['shown'])} of {found['filters']} filters"] = found["values"]
+        shown[f"{name}:\n{len(found['shown'])} of {found['filters']} filters"] = found["values"]
         if "components" in found:
             share = sum(found["components"]["variance_share"])
-            shown[f"{name}: {len(found['components']['values'])} components, {share:.0%} of the variance"] = found[
-                "components"
-            ]["values"]
+            components = found["components"]["values"]
+            shown[f"{name}:\n{len(components)} components, {share:.0%} of the variance"] = components
     figure, axes = style.panels(shown, 3.4, 3.6)
     for ax, (title, values) in zip(axes, shown.items(), strict=True):
         ax.imshow(style.tiled(shown_filters(torch.tensor(values)).numpy(), fill=1.0), interpolation="nearest")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from torch import Tensor
 from fcmae import pictures
 from fcmae.analysis.images import Images
 from fcmae.analysis.subjects import Subject
-from fcmae.masking import draw_mask, grid_size
+from fcmae.errors import UsageError
+from fcmae.masking import STRATEGIES, draw_mask, grid_size
 from fcmae.train.loop import tiles_of
 
 CELL = 160  # pixels of a picture on the page, at least
 GAP = 4
+ORIGINALS = "original", "masked"  # columns beside the runs'
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,18 @@ class Sheet:
         return f"{said}; {whose}{pictures.TRUE_STATISTICS}"
 
 
+def check_labels(subjects: list[Subject]) -> None:
+    """Raises UsageError for a run that is called as a column beside the runs'."""
+    if wrong := [subject.label for subject in subjects if subject.label in ORIGINALS]:
+        raise UsageError(f"a run cannot be called {wrong[0]} here, as what is shown beside it is; choose with --labels")
+
+
+def sheets_in(folder: Path) -> list[str]:
+    """Names of the files in a folder that are called as sheets are."""
+    name = re.compile(rf"({'|'.join(STRATEGIES)})_[\d.e-]+\.png")
+    return sorted(path.name for path in folder.iterdir() if name.fullmatch(path.name))
+
+
 def masks_of(grid: tuple[int, int], count: int, strategy: str, ratio: float, seed: int) -> Tensor:
     """A mask (count, gh, gw) bool for each image, by its number and the seed alone: at a higher ratio, random masks
     hide what they hid and more. Raises UsageError for a ratio that keeps none or all of the regions."""
@@ -56,9 +72,9 @@ def masks_of(grid: tuple[int, int], count: int, strategy: str, ratio: float, see
 @torch.no_grad()
 def reconstructions(subjects: list[Subject], images: Images, strategy: str, ratio: float, seed: int) -> Sheet:
     """What every run makes of the images. Raises UsageError for a ratio that keeps none or all of the regions."""
-    units = {(s.image_size, s.autoencoder.mask_unit) for s in subjects}
+    units, sizes = {(s.image_size, s.autoencoder.mask_unit) for s in subjects}, {s.image_size for s in subjects}
     first = subjects[0]
-    columns = {"original": pixels(first, images.tensors[first.label])}
+    columns = {ORIGINALS[0]: pixels(first, images.tensors[first.label])}
     losses: dict[str, float] = {}
     for subject in subjects:
         model, batch = subject.autoencoder, images.tensors[subject.label].to(subject.device)
@@ -66,7 +82,8 @@ def reconstructions(subjects: list[Subject], images: Images, strategy: str, rati
         tiles = tiles_of(masks_of(grid, len(batch), strategy, ratio, seed)).to(subject.device)
         masked, filled = pictures.reconstruct(model, batch, tiles)
         losses[subject.label] = model(batch, tiles)[0].item()
-        name = "masked" if len(units) == 1 else f"masked, {model.mask_unit} px"
+        size = "" if len(sizes) == 1 else f" of {subject.image_size[0]} x {subject.image_size[1]}"
+        name = ORIGINALS[1] if len(units) == 1 else f"{ORIGINALS[1]}, {model.mask_unit} px{size}"
         columns.setdefault(name, pixels(subject, masked))
         columns[subject.label] = pixels(subject, filled)
     normed = [s.label for s in subjects if s.autoencoder.norm_pix]
@@ -83,7 +100,10 @@ def pixels(subject: Subject, images: Tensor) -> Tensor:
 
 def write_sheet(path: Path, sheet: Sheet) -> None:
     """The sheet as a labelled PNG."""
-    title = f"{sheet.strategy} masks, ratio {sheet.ratio:g}; {sheet.label()}"
+    losses = ", ".join(f"{label} {loss:.4f}" for label, loss in sheet.losses.items())
+    lines = f"{sheet.strategy} masks, ratio {sheet.ratio:g}; loss {losses}", sheet.label()
+    width = 34 * len(sheet.columns)  # characters that fit above so many pictures
+    title = "\n".join(part for line in lines for part in textwrap.wrap(line, width))
     pictures.reconstruction_sheet(path, sheet.columns, (0.0,) * 3, (1.0,) * 3, title)
 
 

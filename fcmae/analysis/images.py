@@ -15,6 +15,8 @@ from fcmae.data.sample import SamplePhotos
 from fcmae.downstream.labelled import CentreCrops
 from fcmae.errors import UsageError
 
+MOST_SKIPPED = 1000
+
 
 @dataclass(frozen=True)
 class Images:
@@ -28,6 +30,15 @@ class Images:
     used: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def say(self, count: int) -> list[str]:
+        """What the user should know of them, in lines. count: as many were asked for."""
+        lines = [f"skipped, unreadable: {line}" for line in self.skipped]
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} images skipped, {len(self.used)} looked at")
+        elif len(self.used) < count:
+            lines.append(f"{len(self.used)} images looked at, all there are in {self.source}")
+        return lines
 
     def about(self) -> dict:
         """For reports."""
@@ -49,7 +60,9 @@ def read_images(source: str | None, subjects: list[Subject], count: int) -> Imag
     opened = _opened(source, channels.pop())
     crops = {s.label: CentreCrops([], s.image_size, s.in_chans, list(s.mean), list(s.std)) for s in subjects}
     found, cut = Images(source), {label: [] for label in crops}
-    for i in _chosen(opened, count):
+    for i in _order(opened, count):
+        if len(found.used) == count or len(found.skipped) == MOST_SKIPPED:
+            break
         try:
             image = opened.load(i)
         except BrokenImage as error:
@@ -60,7 +73,8 @@ def read_images(source: str | None, subjects: list[Subject], count: int) -> Imag
             cut[label].append(crop.crop(image))
     if not found.used:
         raise UsageError(
-            f"none of the {len(found.skipped)} images of {source} can be read, the first: {found.skipped[0]}"
+            f"none of the {len(found.skipped)} images of {source} that were tried can be read, the first: "
+            f"{found.skipped[0]}"
         )
     found.tensors.update({label: torch.stack(parts) for label, parts in cut.items()})
     return found
@@ -73,7 +87,9 @@ def _opened(source: str, channels: int):
         raise UsageError(str(error).replace("data.source=", "--images ")) from None
 
 
-def _chosen(source, count: int) -> list[int]:
-    """Numbers of images, evenly apart. The sample tells few photographs apart by random crops, which are not made."""
+def _order(source, count: int) -> list[int]:
+    """Numbers of images, `count` evenly apart first; then the others, for those of them that cannot be read. The sample
+    tells few photographs apart by random crops, which are not made."""
     length = len(source.paths) if isinstance(source, SamplePhotos) else len(source)
-    return sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
+    first = sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
+    return [*first, *sorted(set(range(length)) - set(first))]

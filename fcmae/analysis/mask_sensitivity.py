@@ -10,7 +10,7 @@ from torch import Tensor
 from fcmae.analysis import style
 from fcmae.analysis.cosine_distance import standard_error
 from fcmae.analysis.gallery import masks_of
-from fcmae.analysis.subjects import Subject
+from fcmae.analysis.subjects import RANDOM, Subject
 from fcmae.errors import UsageError
 from fcmae.loss import masked_pixel_loss
 from fcmae.masking import grid_size, keep_count
@@ -32,15 +32,20 @@ def losses(model: MaskedAutoencoder, images: Tensor, mask: Tensor) -> list[float
 
 def refusal(subject: Subject) -> str | None:
     """Why it cannot be measured, if so."""
-    return None if subject.decoder else "it has no decoder, so it has no pretraining loss; give a pretraining run"
+    if not subject.decoder:
+        return "it has no decoder, so it has no pretraining loss; give a pretraining run"
+    unfitted = subject.autoencoder.target is not None and subject.source.endswith(RANDOM)
+    return "its target (loss.pca) is fitted when its run begins" if unfitted else None
 
 
 def measure(subject: Subject, images: Tensor, settings) -> dict:
     """Mean and standard error over images (N, C, H, W) at each ratio that hides some regions and leaves some."""
     model, grid = subject.autoencoder, grid_size(subject.image_size, subject.autoencoder.mask_unit)
     regions = grid[0] * grid[1]
+    trained = subject.run.mask.ratio if subject.run else None
+    trained = model.mask_ratio if subject.run and trained is None else trained
     points, left_out = [], []
-    for ratio in RATIOS:
+    for ratio in sorted({*RATIOS, *([trained] if trained else [])}):
         try:
             hidden = regions - keep_count(regions, ratio)
         except UsageError:
@@ -57,11 +62,10 @@ def measure(subject: Subject, images: Tensor, settings) -> dict:
                 "standard_error": standard_error(found),
             }
         )
-    trained = subject.run.mask.ratio if subject.run else None
     return {
         "mask_unit": model.mask_unit,
         "regions": regions,
-        "trained_at": model.mask_ratio if subject.run and trained is None else trained,
+        "trained_at": trained,
         "norm_pix": model.norm_pix,
         "norm_window": model.norm_window or model.patch_size,
         "points": points,

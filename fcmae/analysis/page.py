@@ -9,7 +9,7 @@ import html as escaping
 import io
 from pathlib import Path
 
-from fcmae.analysis.gallery import GAP, Sheet, strip
+from fcmae.analysis.gallery import GAP, Sheet, sheets_in, strip
 from fcmae.analysis.images import Images
 from fcmae.analysis.subjects import Subject
 from fcmae.comparison.report import STYLE
@@ -67,9 +67,9 @@ def check_out(out: Path, name: str) -> None:
     page = out / name
     if page.exists() and (not page.is_file() or MARK.encode() not in page.read_bytes()[:2000]):
         raise UsageError(f"{page} was not written by fcmae.visualize; choose another --out")
-    pictures = sorted(out.glob("*.png")) if out.is_dir() and not page.exists() else []
-    if pictures:
-        raise UsageError(f"{out} holds pictures of something else ({pictures[0].name}); choose another --out")
+    sheets = sheets_in(out) if out.is_dir() and not page.exists() else []
+    if sheets:
+        raise UsageError(f"{out} holds pictures of something else ({sheets[0]}); choose another --out")
 
 
 def html(subjects: list[Subject], images: Images, sheets: list[Sheet], left_out: list[str]) -> str:
@@ -82,9 +82,9 @@ def html(subjects: list[Subject], images: Images, sheets: list[Sheet], left_out:
         f"<td>{s.autoencoder.mask_unit}</td></tr>"
         for s in subjects
     )
-    head = "<tr><th></th><th>model</th><th>image, pixels</th><th>hidden as a whole, pixels</th></tr>"
+    head = "<tr><th>run</th><th>model</th><th>image, pixels</th><th>mask unit, pixels</th></tr>"
     names = "".join(f"<li>{_text(Path(name).name)}</li>" for name in images.used)
-    notes = [*left_out, *(f"skipped, unreadable: {line}" for line in images.skipped)]
+    notes = [*left_out, *(f"skipped, unreadable: {Path(line).name}" for line in images.skipped)]
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     # The policy lets a browser fetch nothing and run nothing but the script below, whatever the page says.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
@@ -98,8 +98,10 @@ def html(subjects: list[Subject], images: Images, sheets: list[Sheet], left_out:
             f"<h1>{_text(title)}</h1>",
             '<div class="controls"><label>mask ratio <input type="range" min="0" max="0" step="1" value="0">',
             f'<output></output></label><div role="group" aria-label="mask strategy">{buttons}</div></div>',
+            '<div aria-live="polite">',
             '<p id="none" hidden>This strategy leaves nothing visible, or hides nothing, at this ratio.</p>',
             *(_figure(sheet) for sheet in sheets),
+            "</div>",
             f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>',
             *(f'<p class="note">{_text(line)}</p>' for line in notes),
             f"<details><summary>Images</summary><ol>{names}</ol></details>",

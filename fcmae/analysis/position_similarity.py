@@ -56,7 +56,7 @@ def draw(results: dict[str, dict]):
         ax.set_title(name, fontsize=9)
         ax.set_axis_off()
         figure.colorbar(shown, ax=ax, shrink=0.8, label="cosine similarity")
-    return figure
+    return style.note(figure, "a tile for each patch, at its place: how alike its embedding is to those of all patches")
 
 
 def say(name: str, found: dict) -> str:

@@ -30,7 +30,7 @@ def check_out(out: Path, whats: list[str]) -> None:
             known = False
         except (OSError, ValueError, AttributeError):
             known = False
-        for path in (report, picture):
+        for path in (report, picture, events):
             if path.exists() and not known:
                 raise UsageError(f"{path} was not written by fcmae.analyze; choose another --out")
         if events.exists() and not all(p.name.startswith(EVENTS) for p in events.iterdir()):

@@ -27,6 +27,12 @@ def legend(figure, subjects: Sized) -> None:
     figure.legend(loc="outside upper center", frameon=False, ncols=min(3, len(subjects)), fontsize=8)
 
 
+def note(figure, text: str):
+    """A line of explanation under the figure; the figure itself."""
+    figure.supxlabel(text, fontsize=7, color="#444")
+    return figure
+
+
 def plain(figure):
     """No frame on two sides, faint lines across; the figure itself."""
     for ax in figure.axes:

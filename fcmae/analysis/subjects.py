@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fcmae import config as settings
-from fcmae.analysis.blocks import blocks_of, dense
+from fcmae.analysis.blocks import blocks_of, dense, patch_grid
 from fcmae.data.transforms import stats
-from fcmae.downstream.start import best_file
+from fcmae.downstream.start import about_file, best_file, told_by
 from fcmae.errors import UsageError, nearest
 from fcmae.layouts.vit_spec import VitSpec
 from fcmae.masking import grid_size
 from fcmae.models.autoencoder import MaskedAutoencoder
-from fcmae.models.mae import MAE
 from fcmae.models.support import MINKOWSKI
 from fcmae.pretrain import build_model
 from fcmae.schema import Config
@@ -59,17 +58,14 @@ class Subject:
 
     @property
     def patch(self) -> tuple[int, int] | None:
-        """Height and width of a ViT's patch; None for other networks."""
-        if isinstance(self.network, MAE):
-            return self.network.patch_size, self.network.patch_size
-        embed = getattr(self.network, "patch_embed", None)
-        size = getattr(embed, "patch_size", None)
-        return tuple(size) if size and hasattr(self.network, "pos_embed") and hasattr(self.network, "blocks") else None
+        """Height and width in pixels of a ViT's patch; None for other networks."""
+        grid = self.grid
+        return None if grid is None else (self.image_size[0] // grid[0], self.image_size[1] // grid[1])
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of a ViT's patches."""
-        return self.image_size[0] // self.patch[0], self.image_size[1] // self.patch[1]
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of a ViT's patches; None for other networks."""
+        return patch_grid(self.network, self.image_size)
 
     def batches(self, images: Tensor, size: int) -> Iterator[Tensor]:
         """Images (N, C, H, W) on the device, `size` at a time."""
@@ -103,9 +99,14 @@ def open_subject(name: str, label: str, size: tuple[int, int] | None, device: to
     source = name.removesuffix(RANDOM) if random else name
     if source.startswith(TIMM):
         return _timm(source.removeprefix(TIMM), label, name, size, device, None if not random else seed)
+    if not Path(source).exists():
+        import timm
+
+        hint = f"; timm's model is {TIMM}{source}" if timm.is_model(source) else ""
+        raise UsageError(f"no run's folder and no file is called {source}{hint}")
     path = best_file(Path(source))
-    config = _run_config(path)
-    weights = None if config else read_weights(path)
+    config, about = _run_config(path), about_file(path)
+    weights = None if config else read_weights(path, told=told_by(about))
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed if config else seed)
@@ -115,10 +116,13 @@ def open_subject(name: str, label: str, size: tuple[int, int] | None, device: to
     except UsageError as error:
         raise UsageError(f"{source}: {str(error).replace(f'init={path}', str(path))}") from None
     text = config.model.name if config else str(weights.spec)
-    mean, std = stats(model.in_chans, *((config.data.mean, config.data.std) if config else ()))
+    if not config and weights.spec.decoder:
+        text += "; taken for one of normalized pixels (loss.norm_pix), which no file tells"
+    given = (config.data.mean, config.data.std) if config else (about.get("mean"), about.get("std"))
+    mean, std = stats(model.in_chans, *given)
     model = model.to(device).eval()
     network = dense(copy.deepcopy(model) if getattr(model, "grn", "") == "batch" else model)
-    pixels = size or (model.image_size if config or model.fixed_size else SIZE)
+    pixels = size or (model.image_size if config or model.fixed_size else tuple(about.get("image_size", SIZE)))
     return Subject(
         label, name, f"{text}, random weights" if random else text, network, pixels, model.in_chans, mean, std, device,
         model, bool(config or weights.spec.decoder), config,
@@ -140,6 +144,10 @@ def _from_spec(weights: Weights, size: tuple[int, int] | None) -> MaskedAutoenco
     if isinstance(spec, VitSpec):
         if spec.heads is None:
             raise UsageError("no tensor tells the attention heads of this ViT; give the run or checkpoint it is from")
+        if spec.decoder and spec.decoder_heads is None:
+            raise UsageError(
+                "no tensor tells the attention heads of this decoder; give the run or checkpoint it is from"
+            )
         if size is not None:
             rows, columns = grid_size(size, spec.patch_size)
             spec = replace(spec, size=size, tokens=rows * columns)
@@ -172,13 +180,17 @@ def _timm(
     import timm
 
     if not timm.is_model(name):
-        raise UsageError(f"timm has no model {name!r}{nearest(name.split('.')[0], timm.list_models())}")
+        hint = nearest(name.split(".")[0].partition("@")[0], timm.list_models())
+        more = f"; random weights: {source.partition('@')[0]}{RANDOM}" if "@" in name else ""
+        raise UsageError(f"timm has no model {name!r}{hint}{more}")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed or 0)
             network = timm.create_model(name, pretrained=seed is None)
     except Exception as error:  # of a missing network, file or entry each library raises its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if seed is not None:
+            raise UsageError(f"timm:{name}: {reason}") from None
         raise UsageError(
             f"timm:{name}: its pretrained weights could not be had ({reason}); timm:{name}{RANDOM} needs none"
         ) from None
@@ -199,7 +211,10 @@ def _arms(name: str) -> list[str]:
     folder = Path(name.removesuffix(RANDOM)) / "arms"
     if not folder.is_dir():
         return [name]
-    return [f"{path}{random}" for path in sorted(folder.iterdir()) if path.is_dir()]
+    found = [f"{path}{random}" for path in sorted(folder.iterdir()) if path.is_dir()]
+    if not found:
+        raise UsageError(f"{folder} has no runs yet; give a comparison that has begun")
+    return found
 
 
 def _labels(names: list[str]) -> list[str]:
@@ -213,5 +228,5 @@ def _labels(names: list[str]) -> list[str]:
 
 
 def _words(name: str) -> list[str]:
-    *lead, last = Path(name.removesuffix(RANDOM)).parts
+    *lead, last = Path(name.removesuffix(RANDOM)).resolve().parts
     return [*lead, f"{last}, random" if name.endswith(RANDOM) else last]

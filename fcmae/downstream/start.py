@@ -51,8 +51,8 @@ def find_start(config: DownstreamConfig) -> Start:
         return _random(config)
     source = config.init or config.resume  # whose weights a checkpoint brings itself; this tells the model
     path = best_file(Path(source))
-    about = _about(path)
-    weights = read_weights(path, told=_told(about))
+    about = about_file(path)
+    weights = read_weights(path, told=told_by(about))
     spec, name = weights.spec, config.model.name
     if name is not None:
         _known(name)
@@ -146,7 +146,7 @@ def best_file(path: Path) -> Path:
     return path
 
 
-def _told(about: dict) -> Told:
+def told_by(about: dict) -> Told:
     """What no tensor of a fine-tuned ViT tells."""
     arguments = about.get("timm", {})
     if "img_size" not in arguments:
@@ -154,7 +154,7 @@ def _told(about: dict) -> Told:
     return Told(arguments.get("num_heads"), None, tuple(arguments["img_size"]))
 
 
-def _about(path: Path) -> dict:
+def about_file(path: Path) -> dict:
     """What `export` wrote beside a file of weights; nothing where something else did."""
     file = path.with_suffix(".json")
     if path.suffix != ".safetensors" or not file.is_file():

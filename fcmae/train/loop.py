@@ -105,7 +105,9 @@ def train(
     while not schedule.is_over(progress.step, progress.seconds):
         lr = schedule.lr_at(progress.step, progress.seconds)
         optim.set_lr(optimizer, lr)
+        begun = time.perf_counter()
         hooks.begin(progress.step)
+        paused = time.perf_counter() - begun if world.is_main else 0.0  # and so long do the others wait
         optimizer.zero_grad(set_to_none=True)
         statistics = optim.running_statistics(state.model)
         parts: list[torch.Tensor] = []
@@ -125,9 +127,11 @@ def train(
         loss, grad_norm = torch.stack(parts).sum(), optim.grad_norm(state.model)
         # One collective and one host synchronisation a step, and all ranks decide alike.
         now = time.perf_counter()
-        others = [loss.new_full((), value) for value in (stop.received, len(bad), now - mark)]
+        others = [loss.new_full((), value) for value in (stop.received, len(bad), now - mark, paused)]
         mark = now
-        mean_loss, norm, stopping, mean_bad, seconds = world.mean(torch.stack([loss, grad_norm, *others])).tolist()
+        means = world.mean(torch.stack([loss, grad_norm, *others])).tolist()
+        mean_loss, norm, stopping, mean_bad, seconds, paused = means
+        seconds -= paused * world.size
         finite = math.isfinite(norm) and math.isfinite(mean_loss)
         if finite:
             hooks.guard(mean_loss)
