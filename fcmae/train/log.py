@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -77,6 +78,7 @@ class Log:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _report
             with writing(self._events):
                 self.tensorboard = SummaryWriter(str(self._events), purge_step=step + 1)
         if sys.stderr.isatty():
@@ -174,6 +176,12 @@ class Log:
                 f"step {step}{'' if steps is None else f'/{steps}'} epoch {row['epoch']:.2f} loss {loss} "
                 f"lr {row['lr']:.2e} {rate} {eta}"
             )
+
+
+def _report(args: threading.ExceptHookArgs) -> None:
+    """As threads do, but for TensorBoard's, whose error the next point raises again."""
+    if type(args.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+        threading.__excepthook__(args)
 
 
 def peak_memory() -> int:
