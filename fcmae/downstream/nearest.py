@@ -41,7 +41,7 @@ def cached_features(
     """
     key, found = _key(start, config), {}
     for part, files in (("train", labelled.train), ("val", labelled.val)):
-        name = hashlib.sha256(f"{key} {files}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{key} {files}".encode(errors="surrogateescape")).hexdigest()[:16]
         path = folder / f"{part}_{name}.safetensors"
         if not world.on_main(path.is_file):
             _extract(model, config, files, path, world)
