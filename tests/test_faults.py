@@ -28,7 +28,7 @@ from fcmae.schema import Config, LogConfig
 from fcmae.train.log import Log, MetricsFile
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.state import Progress
-from small_runs import CONFIG, environment
+from small_runs import CONFIG, command, environment
 
 
 @contextlib.contextmanager
@@ -173,3 +173,14 @@ def test_a_rank_is_told_to_end_when_its_launcher_is_killed():
         while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_torchrun_s_report_ends_with_what_was_wrong(tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    done = subprocess.run(
+        command(tmp_path / "config.yaml", f"data.source={tmp_path / 'none'}", f"out={tmp_path / 'out'}", processes=2),
+        env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search(r"traceback : fcmae.pretrain: error: .*does not exist", done.stderr.splitlines()[-2]), done.stderr

@@ -110,15 +110,17 @@ def test_a_folder_of_a_million_files(tmp_path, often, figures):
     count = often(1_000_000, 20_000)
     folder = tmp_path / "images"
     folder.mkdir()
-    for number in range(count):
-        path = folder / f"image_{number:07d}.jpg"
-        if number % 50_000 == 0:  # links to few files: as many names, but not as many inodes of the disk
-            first = path
-            first.touch()
-        else:
-            os.link(first, path)
-    found = opened(folder)
-    shutil.rmtree(folder)
+    try:
+        for number in range(count):
+            path = folder / f"image_{number:07d}.jpg"
+            if number % 50_000 == 0:  # links to few files: as many names, but not as many inodes of the disk
+                first = path
+                first.touch()
+            else:
+                os.link(first, path)
+        found = opened(folder)
+    finally:
+        shutil.rmtree(folder)
     assert (found["count"], Path(found["first"]).name) == (count, "image_0000000.jpg")
     assert Path(found["last"]).name == f"image_{count - 1:07d}.jpg"
     assert found["seconds"] < 300 and found["mib"] < 2048, found
