@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import multiprocessing
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from fcmae import config as settings
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, one_line
 from fcmae.train.place import find_place, rank_label
 
 
@@ -30,7 +35,35 @@ def run_command(command: str, schema: type, run: Callable[..., int], argv: list[
     try:
         if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
             raise UsageError(f"name a config file first: python -m {command} CONFIG.yaml [key=value ...], or --help")
-        return run(settings.load(schema, arguments[0], arguments[1:]))
+        config = settings.load(schema, arguments[0], arguments[1:])
+        for line in settings.repeats(arguments[1:]):
+            print(f"{rank_label(find_place())}{line}", flush=True)
+        return run(config)
     except (UsageError, OSError) as error:  # OSError: a full disk, a file that cannot be read
-        print(f"{command}: error: {rank_label(find_place())}{error}", file=sys.stderr)
-        return getattr(error, "status", UsageError.status)
+        told = error
+    except RuntimeError as error:
+        told = _lost(error)
+        if told is None:
+            raise
+    line = f"{command}: error: {rank_label(find_place())}{one_line(str(told))}"
+    print(line, file=sys.stderr)
+    _tell_torchrun(line)
+    return getattr(told, "status", UsageError.status)
+
+
+def _lost(error: RuntimeError) -> UsageError | None:
+    from fcmae.train.lost import lost  # torch, which --help does without
+
+    told = lost(error)
+    if told is not None:
+        for process in multiprocessing.active_children():
+            process.kill()  # a loader process that hangs would be waited for at the end of this one
+    return told
+
+
+def _tell_torchrun(line: str) -> None:
+    """torchrun reports at length what its processes left with, and ends with what it finds in this file."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -20,6 +23,8 @@ from fcmae.files import write_whole
 
 C = TypeVar("C")
 
+_DIGITS = re.compile(r"\d+")
+_IN_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 # Settings that say where and how fast a run goes on, not what it computes: a resumed run may change them.
 FREE_KEYS = (
@@ -49,10 +54,30 @@ def load(schema: type[C], path: str | Path, overrides: list[str]) -> C:
 
     Raises UsageError naming the file or override at fault, and the nearest key for an unknown one.
     """
+    check_repeats(overrides)
     merged = OmegaConf.structured(schema)
     for where, layer in [(str(path), _read_yaml(path)), *((o, _read_override(schema, o)) for o in overrides)]:
         merged = _merge(merged, schema, layer, where)
     return _to_object(merged, str(path))
+
+
+def check_repeats(overrides: list[str]) -> None:
+    """Raises UsageError for two words in a row whose values differ in digits alone: a shell made them of {000..015}."""
+    for one, two in itertools.pairwise(overrides):
+        key, separator, value = one.partition("=")
+        if separator and one != two and _DIGITS.sub("0", one) == _DIGITS.sub("0", two) and not _is_number(value):
+            raise UsageError(
+                f"{key} is given twice in a row, {one} {two}: what the shell expands needs quotes, "
+                f"'{key}=...{{000..015}}...'"
+            )
+
+
+def repeats(overrides: list[str]) -> list[str]:
+    """Of every key that is set more than once a line that says which of the words counts."""
+    words: dict[str, list[str]] = {}
+    for word in overrides:
+        words.setdefault(word.partition("=")[0], []).append(word)
+    return [f"{key} is given {len(w)} times; the last counts, {w[-1]}" for key, w in words.items() if len(set(w)) > 1]
 
 
 def override(config: C, layer: dict, where: str) -> C:
@@ -121,15 +146,26 @@ def flatten(layer: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _merge(merged: Any, schema: type, layer: Any, where: str) -> Any:
-    for key, value in flatten(layer).items():
+    given = flatten(layer)
+    for key, value in given.items():
         _check_known(schema, key, value, where)
     try:
         return OmegaConf.merge(merged, layer)
     except OmegaConfBaseException as error:
-        key, wanted = error.full_key, ""
-        if key in (described := describe(schema)):
-            wanted = f"{key} takes {described[key][0]}: "
-        raise UsageError(f"{where}: {wanted}{str(error).splitlines()[0]}") from None
+        key = str(error.full_key or "").partition("[")[0]  # of a list's element the list's
+        if key not in describe(schema):
+            raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
+        raise UsageError(_wrong_type(schema, key, given.get(key), where)) from None
+
+
+def _wrong_type(schema: type, key: str, value: Any, where: str) -> str:
+    kind, default, _ = describe(schema)[key]
+    words = [text for name, text in _IN_WORDS.items() if name in kind.replace("[", " ").split()]
+    if kind.startswith("["):
+        example = ",".join(map(str, default)) if default else "a,b,..."
+        words = [f"a list such as {key}=[{example}], with commas and without spaces"]
+    got = "null" if value is None else json.dumps(value, default=str)
+    return f"{where}: {key} takes {kind}, {', '.join(words)}; got {got}"
 
 
 def _to_object(merged: Any, where: str) -> Any:
@@ -183,16 +219,24 @@ def _read_yaml(path: str | Path) -> Any:
 def _read_override(schema: type, text: str) -> Any:
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise UsageError(f"{text!r} is not of the form key=value")
-    if not value.strip():
-        raise UsageError(f"{text!r} gives no value; for none write {key}=null")
+        raise UsageError(f"{text!r} is not of the form key=value; words with spaces in them need quotes")
     inner, name = _inside(schema, key)
-    if describe(inner).get(name, ("",))[0].startswith("str") and value != "null":
+    kind, _, help_line = describe(inner).get(name, ("", None, ""))
+    if not value.strip():
+        wanted = f"; {key} takes {kind}: {help_line}" if kind else ""
+        none = f"; for none write {key}=null" if kind.endswith("null") and not kind.startswith("str") else ""
+        raise UsageError(f"{text!r} gives no value, as of a shell's variable that is not set{wanted}{none}")
+    if kind.startswith("str") and value != "null":
         value = os.path.expanduser(value)  # no shell does so after key=
         text = f"{key}={json.dumps(value)}"  # a folder may be called 007 or *.tar: YAML would see a number, an alias
     try:
         return OmegaConf.from_dotlist([text])
     except (YAMLError, OmegaConfBaseException) as error:
+        if value.count("[") > value.count("]") or value.count("{") > value.count("}"):
+            raise UsageError(
+                f"{text!r} is cut short, as the shell splits words at spaces; write a list without them or in quotes: "
+                f"'{key}=[64, 96]'"
+            ) from None
         raise UsageError(f"{text!r}: {' '.join(str(error).split())}") from None
 
 
@@ -208,7 +252,23 @@ def _check_known(schema: type, key: str, value: Any, where: str) -> None:
         members = ", ".join(k for k in known if k.startswith(f"{key}."))
         raise UsageError(f"{where}: {key} is a group of settings; set one of {members}")
     if key not in known:
-        leaf = key.rpartition(".")[2]
-        same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
-        hint = nearest(key, known) if not same_leaf else f" (did you mean {same_leaf[0]!r}?)"
+        bare = _bare(key)
+        alike = [k for k in known if _bare(k) == bare or _bare(k.rpartition(".")[2]) == _bare(key.rpartition(".")[2])]
+        hint = nearest(key, known) if not alike else f" (did you mean {alike[0]!r}?)"
         raise UsageError(f"{where}: unknown setting {key!r}{hint}; --help lists every one")
+    if value == "???":  # OmegaConf leaves what was there
+        raise UsageError(f"{where}: {whole} is ???, which stands for a value still to be given")
+    if known[key][0].startswith("[") and isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value):
+        raise UsageError(_wrong_type(schema, key, value, where))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _bare(key: str) -> str:
+    """A key as people write it who take one of - _ . for another."""
+    return re.sub(r"[-_. ]", "", key).lower()

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fcmae.checksum import write_safetensors
 from fcmae.errors import UsageError
 from fcmae.export import BATCHES, GRAPHS, run_hf, to_hf
 from fcmae.files import aside, write_whole
@@ -28,7 +29,7 @@ from fcmae.layouts.spec import read_spec
 from fcmae.layouts.vit_spec import VitSpec
 from fcmae.report import describe
 from fcmae.resizing import moved, pair, with_size
-from fcmae.weights import Weights, read_checkpoint, read_weights, write_safetensors
+from fcmae.weights import Weights, read_checkpoint, read_weights
 
 __all__ = ["convert", "main", "read_checkpoint"]
 

@@ -21,6 +21,12 @@ class TryAgain(UsageError):
     status = 75  # sysexits' "try again"
 
 
+def one_line(text: str) -> str:
+    """The text on one line that any terminal or UTF-8 file takes: what cannot be printed, as a file's name may hold it,
+    becomes an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """A hint such as `" (did you mean 'a', 'b'?)"` naming the known words nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=n, cutoff=0.5)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fcmae.checksum import write_safetensors
 from fcmae.errors import UsageError
 from fcmae.layouts import hf_models
 from fcmae.layouts.convnext_spec import ConvNextSpec
@@ -49,7 +49,7 @@ def to_hf(state: dict[str, Tensor], spec: Spec, folder: Path, size: tuple[int, i
     # Not by `save_pretrained`, which in transformers 5 names a ViTMAE's decoder as transformers 4 does not.
     config.save_pretrained(folder)
     tensors = {key: x.contiguous() for key, x in hf_models.file_keys(state, spec).items()}
-    save_file(tensors, folder / FOLDER_FILES[0], metadata={"format": "pt"})
+    write_safetensors(folder / FOLDER_FILES[0], tensors)
 
 
 def to_onnx(state: dict[str, Tensor], spec: Spec, path: Path, size: tuple[int, int]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,11 +15,26 @@ from fcmae.errors import UsageError
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write(file)` on a file that takes the place of `path` once it is whole; see `aside`."""
-    with aside(path) as part, open(part, "wb") as file:
+    with aside(path) as part, _Remembering(FileIO(part, "wb")) as file:
         try:
             write(file)
-        except RuntimeError as error:  # how torch.save reports a failing file
-            raise OSError(str(error).splitlines()[0]) from error
+        except RuntimeError:  # torch.save has one of its own for a file that fails
+            if file.failed is None:
+                raise
+            raise file.failed from None
+
+
+class _Remembering(BufferedWriter):
+    """A file that remembers why it could not be written."""
+
+    failed: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
 
 @contextmanager
@@ -32,20 +48,37 @@ def aside(path: Path) -> Iterator[Path]:
     old = path.with_name(f".{path.name}.fcmae-old")
     _bring_back(path, old)
     try:
-        _remove(part)
-        yield part
-        for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
-            _sync(file)
-        if path.is_dir() and not path.is_symlink():  # no system replaces a full folder in one step
-            os.replace(path, old)
-        os.replace(part, path)
-        _sync(path.parent)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"could not write {path}: {reason}; free some space or choose another folder") from error
+        with writing(path):
+            _remove(part)
+            yield part
+            for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
+                _sync(file)
+            if path.is_dir() and not path.is_symlink():  # no system replaces a full folder in one step
+                os.replace(path, old)
+            os.replace(part, path)
+            _sync(path.parent)
     finally:
         _remove(part)
         _bring_back(path, old)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes `path`. Raises UsageError with the system's reason for its OSError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"could not write {path}: {reason}; free some space or choose another folder") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what kills left of files that were being written into a folder, which nobody else may write into now.
+
+    The same file begun again takes the place of what was left of it; that may never happen.
+    """
+    for part in [*folder.glob(".*.part"), *folder.glob(".*.part.*")]:
+        _remove(part)
 
 
 def _bring_back(path: Path, old: Path) -> None:

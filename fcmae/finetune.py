@@ -231,7 +231,7 @@ def check_folder(folder: RunFolder, config: DownstreamConfig, classes: list[str]
     """Raises UsageError when the folder holds another run, or one of other classes."""
     folder.check(config)
     held = folder.path / "classes.txt"
-    if folder.config.is_file() and held.is_file() and held.read_text().splitlines() != classes:
+    if folder.config.is_file() and held.is_file() and held.read_text(errors="replace").splitlines() != classes:
         raise UsageError(
             f"{folder.path} holds a run with other classes than data.train has now; choose another out=..."
         )

@@ -14,13 +14,12 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from fcmae.errors import TryAgain
 from fcmae.train.loop import STOPPING
 from fcmae.train.place import find_place, rank_label
 
 FAILED, LOST_OTHERS = 1, TryAgain.status  # exit statuses; more than 128: ended by a signal
+STARTING = 300  # seconds that the ranks of one machine may be apart in beginning
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Launch:
         alone = os.environ.get("SUBMITIT_EXECUTOR") == "local"  # there is nothing like srun, which ends all for one
         if alone:
             running.write_text(f"{os.getpid()}\n")
+            self._await_all(job.paths.folder, job.job_id)
             threading.Thread(target=self._follow, args=(job.paths.folder, job.job_id, running), daemon=True).start()
         status = self._run()
         if status > 128 and alone:
@@ -56,6 +56,16 @@ class Launch:
             if status != LOST_OTHERS:
                 failed.write_text(f"{status}\n")  # the launcher may end others first, whose statuses would hide this
             leave(status)
+
+    def _await_all(self, folder: Path, job: str) -> None:
+        """End this process when another rank does not begin: it would be waited for much longer where ranks meet."""
+        deadline = time.monotonic() + STARTING
+        while absent := [r for r in range(find_place().size) if not (folder / f"{job}_{r}_running").exists()]:
+            if time.monotonic() > deadline:
+                said = f"rank {absent[0]} did not begin in {STARTING} s; its log in {folder} may tell why"
+                print(f"fcmae.{self.task}: error: {rank_label(find_place())}{said}", flush=True)
+                leave(LOST_OTHERS)
+            time.sleep(0.1)
 
     def _follow(self, folder: Path, job: str, mine: Path) -> None:
         """End this process when another rank's is gone that did not end well, which leaves its note behind."""
@@ -73,7 +83,7 @@ class Launch:
             traceback.print_exc()
             text = f"{rank_label(find_place())}{type(error).__name__}: {error}"
             print(f"fcmae.{self.task}: error: {text}", file=sys.stderr)
-            return LOST_OTHERS if lost_others(error) else FAILED
+            return FAILED
 
 
 def leave(status: int) -> None:
@@ -92,8 +102,3 @@ def is_gone(note: Path) -> bool:
     except (OSError, ValueError):  # the file went, is being written, or is of another user's process
         pass
     return False
-
-
-def lost_others(error: Exception) -> bool:
-    """Whether an exception says that other ranks could not be reached, rather than what went wrong there."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

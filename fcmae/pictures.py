@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from fcmae.files import write_whole
 from fcmae.kernels.tiles import Tiles
 from fcmae.loss import spread, unpatchify, window_stats
+from fcmae.train.rows import read_rows
 
 TRUE_STATISTICS = "un-normalized with the true mean and std of each patch"
 
@@ -64,7 +64,7 @@ def reconstruction_sheet(
 
 def loss_curve(metrics: Path, path: Path, title: str) -> None:
     """A PNG of metrics.jsonl: the loss of each logged step, its running mean over 2 % of them, the learning rate."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = read_rows(metrics, "loss", "lr")
     steps = np.array([r["step"] for r in rows])
     loss = np.array([np.nan if r["loss"] is None else r["loss"] for r in rows])
     window = max(1, len(rows) // 50)

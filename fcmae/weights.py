@@ -1,24 +1,27 @@
-"""Weights in files: reading any file or folder whose layout is known, without running code from it; writing."""
+"""Weights in files: reading any file or folder whose layout is known, without running code from it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fcmae.checksum import read_safetensors
 from fcmae.errors import UsageError
-from fcmae.files import write_whole
 from fcmae.layouts import FAMILIES, Layout
 from fcmae.layouts.sizes import Spec, Told
 from fcmae.layouts.spec import read_spec
 from fcmae.models.decoders import HEADS
+
+log = logging.getLogger(__name__)
 
 # Under which names training scripts keep the weights among other things; the averaged ones with `ema`.
 ENTRIES = ("model", "state_dict", "module")
@@ -112,10 +115,13 @@ def load_tensors(path: str | Path) -> dict:
         raise UsageError(f"no such file: {path}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_safetensors(path)
         # The authors' scripts save their command line beside the weights: a Namespace, plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of strange pickles; what is wrong with them is an error
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
     except pickle.UnpicklingError:
         raise UsageError(
             f"{path} is no torch file, or holds more than tensors and plain data, which is refused: it could run code"
@@ -130,17 +136,11 @@ def check_archive(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{path} is not a whole checkpoint: {error}") from None
+    except Exception as error:  # of damaged bytes zipfile and its decompressors raise nearly anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"{path} is not a whole checkpoint: {reason[0]}") from None
     if bad is not None:
         raise UsageError(f"{path} is damaged: the checksum of {bad} does not match")
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write contiguous tensors as a `.safetensors` file, whole or not at all; equal tensors make equal files."""
-    # One entry only: safetensors writes several in random order.
-    data = save(tensors, metadata={"format": "pt"})
-    write_whole(path, lambda file: file.write(data))
 
 
 def _load(path: Path) -> dict:
@@ -153,6 +153,8 @@ def _load(path: Path) -> dict:
         newest, unreadable = find_newest(path / "checkpoints")
         if newest is None:
             raise UsageError(f"{path} is a run without a checkpoint yet")
+        for line in unreadable:
+            log.warning("warning: %s; falling back to the checkpoint before", line)
         return load_tensors(newest)
     for name in FOLDER_FILES:
         if (path / name).is_file():

@@ -25,9 +25,9 @@ def absolute_overrides(config: str, overrides: list[str]) -> list[str]:
     Paths count from the current folder, in the file too, as when the task runs there. Raises UsageError for a config
     file that cannot be read.
     """
-    own = settings.flatten(settings.read_yaml(Path(config)))
+    own, given = settings.flatten(settings.read_yaml(Path(config))), {text.partition("=")[0] for text in overrides}
     own = [f"{key}={value}" for key, value in own.items() if isinstance(value, str) and _is_path(key, value)]
-    relative = [text for text in own if _absolute(text) != text and not text.startswith("out=")]
+    relative = [text for text in own if _absolute(text) != text and text.partition("=")[0] not in {"out", *given}]
     return [_absolute(text) for text in [*relative, *overrides]]
 
 

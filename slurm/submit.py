@@ -73,9 +73,11 @@ def runs_of(given: argparse.Namespace) -> tuple[Path, list[Run]]:
     if base is None:
         raise UsageError("say where the run goes: out=FOLDER" + ", for --array that of the sweep" * bool(given.array))
     config = os.path.abspath(given.config)
+    settings.check_repeats(given.overrides)
 
     def run(overrides: list[str], out: Path) -> Run:
-        overrides = [text for text in overrides if not text.startswith("out=")]
+        keys = [text.partition("=")[0] for text in overrides]  # a line's count, not those of all the same
+        overrides = [text for i, text in enumerate(overrides) if keys[i] not in ("out", *keys[i + 1 :])]
         overrides = [*absolute_overrides(config, overrides), f"out={out}"]
         return Run(out, Launch(given.task, (config, *overrides)))
 
@@ -85,6 +87,7 @@ def runs_of(given: argparse.Namespace) -> tuple[Path, list[Run]]:
     for number, line in enumerate(lines_of(given.array)):
         if wrong := [word for word in line if "=" not in word]:
             raise UsageError(f"--array {given.array}: {wrong[0]!r} is not of the form key=value")
+        settings.check_repeats(line)
         own = out_of(config, line) if any(word.startswith("out=") for word in line) else base / str(number)
         if own in [run.out for run in runs]:
             raise UsageError(f"--array {given.array}: two runs have out={own}")

@@ -194,7 +194,7 @@ def test_stats_and_settings_are_checked():
 
 
 PARENT = """
-    import os, signal, sys, time
+    import multiprocessing, os, signal, sys, time
     from functools import partial
     import torch.multiprocessing
     from fcmae.data import MaskedImages, SampleStream, make_loader, open_source
@@ -212,7 +212,7 @@ PARENT = """
     dataset = MaskedImages(open_source(sys.argv[1], 3), slow, 0, draw)
     batches = iter(make_loader(dataset, SampleStream(13, 0, 4, end_step=40), workers=2))
     next(batches), next(batches)  # one from each worker: both are up
-    print(*(worker.pid for worker in batches._workers), flush=True)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 """
 
 

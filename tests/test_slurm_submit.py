@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from fcmae.errors import TryAgain, UsageError
-from fcmae.launch import lost_others
 from fcmae.train.agreement import check_alike, code_version
 from fcmae.train.lock import locked
+from fcmae.train.lost import lost
 from fcmae.train.place import Place, find_place, first_host, tasks_on_node
 from slurm_cluster import ROOT
 from slurm_cluster import submit as submitted
@@ -291,6 +291,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from fcmae.train.lock import locked
+from fcmae.train.lost import lost
 held = locked(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
@@ -475,9 +476,15 @@ def test_a_rank_that_failed_is_not_tried_again(tmp_path):
 
 
 def test_which_errors_mean_that_others_are_gone():
-    assert lost_others(RuntimeError("[.../gloo/transport/tcp/pair.cc:545] Connection closed by peer"))
-    assert lost_others(torch.distributed.DistNetworkError("no route"))
-    assert not lost_others(RuntimeError("shapes do not match")) and not lost_others(ValueError("gloo"))
+    for gone in (
+        RuntimeError("[.../gloo/transport/tcp/pair.cc:545] Connection closed by peer"),
+        torch.distributed.DistNetworkError("no route"),
+        RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"),
+        RuntimeError("DataLoader timed out after 1800 seconds"),
+    ):
+        assert lost(gone).status == TryAgain.status
+    assert lost(RuntimeError("shapes do not match")) is None and lost(ValueError("gloo")) is None
 
 
 def test_the_end_of_a_script_is_for_python_3_6():

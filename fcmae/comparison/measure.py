@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import json
 import math
 import os
 import platform
@@ -24,6 +23,7 @@ from fcmae.models.autoencoder import MaskedAutoencoder
 from fcmae.pretrain import build_model
 from fcmae.schema import Config
 from fcmae.train.loop import tiles_of
+from fcmae.train.rows import read_rows
 from fcmae.train.run_folder import RunFolder
 
 POINTS = 2000  # at most so many of a curve are kept in the report
@@ -32,10 +32,11 @@ POINTS = 2000  # at most so many of a curve are kept in the report
 def read_curve(folder: RunFolder) -> dict[str, list]:
     """Columns of a run's logged steps whose loss was finite: step, seconds of training so far, step_seconds, waited,
     loss, and smooth, the mean of the last 2 % of the losses up to each."""
-    times = {row["step"]: row for row in map(json.loads, folder.times.read_text().splitlines())}
-    rows = [row for row in map(json.loads, folder.metrics.read_text().splitlines()) if row["loss"] is not None]
+    keys = ("seconds", "step_seconds", "waited")
+    times = {row["step"]: row for row in read_rows(folder.times, *keys)}
+    rows = [row for row in read_rows(folder.metrics, "loss") if row["loss"] is not None and row["step"] in times]
     curve = {"step": [row["step"] for row in rows], "loss": [row["loss"] for row in rows]}
-    for key in ("seconds", "step_seconds", "waited"):
+    for key in keys:
         curve[key] = [times[step][key] for step in curve["step"]]
     return curve | {"smooth": running_mean(curve["loss"], window(len(rows)))}
 

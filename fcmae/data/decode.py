@@ -6,6 +6,9 @@ Photographs are read by Pillow, arrays (`.npy`, multi-channel TIFF) by numpy and
 from __future__ import annotations
 
 import io
+import math
+import os
+import stat
 import warnings
 
 import numpy as np
@@ -13,12 +16,17 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fcmae.errors import one_line
+
 PHOTO_CHANNELS = (1, 3, 4)
 ARRAY_EXTENSIONS = (".npy", ".tif", ".tiff")
 PHOTO_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".jp2"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+# What Pillow may take a file for, whatever its name. Of its others EPS would have Ghostscript run what is in the file.
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "AVIF", "JPEG2000", "PPM", "TIFF")
+MAX_BYTES = 2**30  # of a file; Pillow's own limit is on pixels, 89 million
 
 
 class BrokenImage(Exception):
@@ -29,7 +37,7 @@ class BrokenImage(Exception):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return one_line(f"{self.path}: {self.reason}")
 
 
 def extensions(in_chans: int) -> tuple[str, ...]:
@@ -40,11 +48,26 @@ def extensions(in_chans: int) -> tuple[str, ...]:
 def read_image(path: str, in_chans: int) -> Tensor:
     """`decode` of the file at `path`; a file that cannot be opened is a BrokenImage too."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BrokenImage(path, "a pipe or a device, no file")
+            check_bytes(status.st_size, path)
             data = file.read()
     except OSError as error:
         raise BrokenImage(path, error.strerror or str(error)) from error
     return decode(data, in_chans, path)
+
+
+def check_bytes(size: int, name: str) -> None:
+    """Raises BrokenImage for more bytes than an image may have, before they are read into memory."""
+    if size > MAX_BYTES:
+        raise BrokenImage(name, f"{size / 2**30:.1f} GiB are more than an image may have, {MAX_BYTES / 2**30:g}")
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def decode(data: bytes, in_chans: int, name: str) -> Tensor:
@@ -77,7 +100,7 @@ def _decode(data: bytes, in_chans: int) -> Tensor:
     if in_chans in (1, 3) and _is_plain(data):
         return _photo(data, in_chans)
     try:
-        return _array(_tiff(data), in_chans)
+        return _array(_tiff(data, in_chans), in_chans)
     except Exception:
         if in_chans != 4:
             raise
@@ -86,26 +109,34 @@ def _decode(data: bytes, in_chans: int) -> Tensor:
 
 def _is_plain(data: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=["TIFF"]) as file:
             return getattr(file, "n_frames", 1) == 1
     except UnidentifiedImageError:
         return False
 
 
-def _tiff(data: bytes) -> np.ndarray:
+def _tiff(data: bytes, in_chans: int) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
         raise ValueError('multi-channel TIFF needs tifffile: pip install "fcmae[tiff]"') from error
-    return tifffile.imread(io.BytesIO(data))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        _check_values(file.series[0].shape, in_chans)  # before a small file of many equal pixels is unpacked
+        return file.series[0].asarray()
+
+
+def _check_values(shape: tuple[int, ...], in_chans: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and math.prod(shape) > limit * in_chans:
+        raise ValueError(f"an array of shape {tuple(shape)} has more than {limit} pixels")
 
 
 def _photo(data: bytes, in_chans: int) -> Tensor:
-    with Image.open(io.BytesIO(data)) as file:
+    with Image.open(io.BytesIO(data), formats=_formats()) as file:
         if in_chans not in PHOTO_CHANNELS:
             bands = len(file.getbands())
             raise ValueError(f"the file's channels ({bands}) do not match in_chans={in_chans}")
-        image = ImageOps.exif_transpose(file)
+        image = _upright(file)
     if image.mode[0] in "IF":
         return _deep_grey(image, in_chans)
     if in_chans == 4:
@@ -118,6 +149,20 @@ def _photo(data: bytes, in_chans: int) -> Tensor:
     pixels = np.array(image)
     # Rows of (H, W, C) stay as they are in memory: torchvision resizes channels-last uint8 fastest.
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], in_chans)).permute(2, 0, 1)
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data says; as it is where those are damaged."""
+    file.load()  # whose errors are the picture's
+    try:
+        return ImageOps.exif_transpose(file)
+    except Exception:
+        return file.copy()
 
 
 def _deep_grey(image: Image.Image, in_chans: int) -> Tensor:
@@ -135,6 +180,7 @@ def _deep_grey(image: Image.Image, in_chans: int) -> Tensor:
 
 def _array(array: np.ndarray, in_chans: int) -> Tensor:
     shape = array.shape
+    _check_values(shape, in_chans)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or not array.size:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,10 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from fcmae.data.dataset import KeyedImages
 from fcmae.errors import UsageError
+
+# Seconds without a batch after which loader processes are taken to hang: as long as ranks wait for each other
+# (fcmae/train/distributed.py), so that storage may be away for a while. One that dies is noticed at once.
+PATIENCE = 30 * 60
 
 
 class SampleStream(Sampler[list[tuple[int, int]]]):
@@ -83,9 +88,9 @@ def make_loader(
 
     The batches do not depend on `workers`; 0 loads in the calling process. Each worker keeps
     `prefetch_factor` batches ready. Iterate once, for the whole run: a second iterator starts the stream
-    again.
+    again. A batch that does not come raises what fcmae/train/lost.py puts into words.
     """
-    return DataLoader(
+    return PatientLoader(
         dataset,
         batch_sampler=stream,
         num_workers=workers,
@@ -97,6 +102,46 @@ def make_loader(
         # Without its own generator the loader would draw from the global one, which a resumed run restores.
         generator=torch.Generator(),
     )
+
+
+class PatientLoader(DataLoader):
+    """A DataLoader whose processes are killed when no batch comes for `PATIENCE` seconds: its own `timeout` does not
+    end the wait for a process that stops between announcing a batch and handing its memory over."""
+
+    def __iter__(self) -> Iterator:
+        batches = super().__iter__()
+        return _patiently(batches) if self.num_workers else batches
+
+
+def _patiently(batches: Iterator) -> Iterator:
+    asked: list[float] = []  # since when the next batch is waited for
+    ended, hung = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1):
+            if any(time.monotonic() - since > PATIENCE for since in asked):
+                hung.set()
+                for process in multiprocessing.active_children():
+                    process.kill()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        while True:
+            asked.append(time.monotonic())
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                if hung.is_set():
+                    raise RuntimeError(f"DataLoader timed out after {PATIENCE} seconds") from error
+                if isinstance(error, (OSError, EOFError)):
+                    time.sleep(1)  # if a process died, the signal that tells, and raises, may yet come
+                raise
+            asked.clear()
+            yield batch
+    finally:
+        ended.set()
 
 
 def collate(items: list[dict]) -> dict[str, Tensor | list[str]]:

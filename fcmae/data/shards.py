@@ -11,7 +11,7 @@ from collections import OrderedDict
 import numpy as np
 from torch import Tensor
 
-from fcmae.data.decode import ARRAY_EXTENSIONS, PHOTO_EXTENSIONS, BrokenImage, decode, extensions
+from fcmae.data.decode import ARRAY_EXTENSIONS, PHOTO_EXTENSIONS, BrokenImage, check_bytes, decode, extensions
 from fcmae.data.sources import PathTable
 from fcmae.errors import UsageError
 from fcmae.files import cache_folder
@@ -52,6 +52,7 @@ class TarShards:
 
     def load(self, i: int) -> Tensor:
         size, offset = int(self.sizes[i]), int(self.offsets[i])
+        check_bytes(size, self.name(i))
         try:
             data = os.pread(self._open(int(self.shards[i])), size, offset)
         except OSError as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fcmae.errors import UsageError, nearest
 
 CROPS = ("random", "fixed", "center")
+MAX_ASPECT = 32  # of a longer image only so much of its middle is scaled, which a crop is taken from
 CROP = 224 / 256  # side of a fixed or centre crop as a share of the scaled image's shorter side
 JITTERED = (1, 3)  # channels that colour jitter is for
 
@@ -89,6 +90,8 @@ class Surrounding:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional as F
 
+        most = MAX_ASPECT * min(image.shape[-2:])  # a line of 30,000 pixels would be scaled to gigabytes
+        image = F.center_crop(image, [min(side, most) for side in image.shape[-2:]])
         sides = image.shape[-2:]
         scale = max(c / s for c, s in zip(self.crop, sides, strict=True)) / self.part
         size = [max(c, math.floor(s * scale)) for c, s in zip(self.crop, sides, strict=True)]

@@ -27,7 +27,7 @@ def check(config: DownstreamConfig, training: bool = True) -> None:
             config.init or config.resume or model.name,
             "model.name", "set where init is not, e.g. model.name=convnextv2_atto",
         ),
-        (config.seed >= 0, "seed", "0 or more"),
+        (0 <= config.seed < 2**64, "seed", "0 or more, and less than 2 ** 64"),
         (model.in_chans >= 1, "model.in_chans", "1 or more"),
         (model.classes is None or model.classes >= 2, "model.classes", "2 or more, or null"),
         (model.pool in ("avg", "token"), "model.pool", "avg or token"),

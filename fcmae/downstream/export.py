@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
+from fcmae.checksum import write_safetensors
 from fcmae.data.transforms import stats
 from fcmae.downstream.batch_norm import plain
 from fcmae.downstream.evaluation import Tally
@@ -16,7 +17,7 @@ from fcmae.downstream.start import Start
 from fcmae.files import write_whole
 from fcmae.models.layers import LAYER_SCALE
 from fcmae.pictures import empty_figure
-from fcmae.weights import write_safetensors
+from fcmae.train.rows import read_rows
 
 FORMAT = "fcmae-classifier-1"
 MOST_DRAWN = 1000  # classes of a confusion matrix
@@ -92,8 +93,8 @@ def draw_confusion(path: Path, table: Tensor, classes: list[str], title: str) ->
 
 def draw_curve(folder: Path, title: str) -> None:
     """curve.png: training loss of each step; top-1 of each validation, of the model and of its average."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    checked = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl", "epoch", "loss")
+    checked = read_rows(folder / "validation.jsonl", "epoch", "model")
     figure, axes = empty_figure(1, 1, 5.5)
     ax, right = axes[0, 0], axes[0, 0].twinx()
     loss = np.array([np.nan if r["loss"] is None else r["loss"] for r in rows])

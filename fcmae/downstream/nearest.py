@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fcmae.checksum import write_safetensors
 from fcmae.downstream import representation
 from fcmae.downstream.evaluation import batches
 from fcmae.downstream.labelled import Labelled
@@ -19,7 +19,7 @@ from fcmae.downstream.start import Start
 from fcmae.errors import UsageError
 from fcmae.pretrain import worker_count
 from fcmae.train.distributed import World
-from fcmae.weights import load_tensors, write_safetensors
+from fcmae.weights import load_tensors
 
 MOST = 10**10  # multiplications of one of the regression's 200 evaluations or more: minutes on a CPU
 
@@ -41,7 +41,7 @@ def cached_features(
     """
     key, found = _key(start, config), {}
     for part, files in (("train", labelled.train), ("val", labelled.val)):
-        name = hashlib.sha256(f"{key} {files}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{key} {files}".encode(errors="surrogateescape")).hexdigest()[:16]
         path = folder / f"{part}_{name}.safetensors"
         if not world.on_main(path.is_file):
             _extract(model, config, files, path, world)
@@ -81,7 +81,7 @@ def _extract(model: nn.Module, config: ProbeConfig, files: list[tuple[str, int]]
 
     def join() -> None:
         shares = [path.with_name(f".{path.stem}.rank{r}.safetensors") for r in range(world.size)]
-        parts = [load_file(share) for share in shares]
+        parts = [load_tensors(share) for share in shares]
         width = max(part["features"].shape[1] for part in parts)
         for share in shares:
             share.unlink()

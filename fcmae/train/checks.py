@@ -28,7 +28,7 @@ def check(config: Config) -> None:
         (config.out, "out", "the run folder, e.g. out=runs/atto"),
         (data.source, "data.source", "where images are, e.g. data.source=/data/imagenet/train or data.source=sample"),
         (config.init is None or config.resume is None, "init", "null where resume is set, which brings its weights"),
-        (config.seed >= 0, "seed", "0 or more"),
+        (0 <= config.seed < 2**64, "seed", "0 or more, and less than 2 ** 64"),
         (config.model.in_chans >= 1, "model.in_chans", "1 or more"),
         (config.model.decoder_dim is None or config.model.decoder_dim >= 1, "model.decoder_dim", "1 or more, or null"),
         (

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +112,9 @@ def pick_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.de
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = local_rank if device.index is None else device.index
+        if not count:
+            why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+            raise UsageError(f"device={name} is not there: {why} on this machine; use device=auto or device=cpu")
         if index >= count:
             raise UsageError(f"device={name}: this machine has {count} CUDA devices, number {index} is not there")
         return torch.device("cuda", index)
@@ -135,6 +142,8 @@ def joined(config: Any) -> Iterator[World]:
     if place.size == 1:
         yield World(0, 1, device)
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     cuda = device.type == "cuda"
     meeting = {"init_method": place.address, "rank": place.rank, "world_size": place.size} if place.address else {}
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None, **meeting)
@@ -144,3 +153,10 @@ def joined(config: Any) -> Iterator[World]:
     yield World(place.rank, place.size, device)
     dist.barrier()  # a launcher takes the first that leaves for a sign to end the others
     dist.destroy_process_group()
+
+
+def _follow(launcher: int) -> None:
+    """Tell this process to end, which saves first, when torchrun was killed: it cannot tell its processes any more."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

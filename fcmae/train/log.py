@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from fcmae.files import write_whole
+from fcmae.errors import one_line
+from fcmae.files import writing
 from fcmae.schema import LogConfig
+from fcmae.train.rows import go_on
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.schedule import Schedule
 from fcmae.train.state import Progress
@@ -25,26 +28,27 @@ from fcmae.train.state import Progress
 class MetricsFile:
     """metrics.jsonl, only numbers that a repeated run repeats bit for bit, or times.jsonl: one object per logged step.
 
-    Opened to go on after `step`: lines of later steps, and a line cut short by a kill, are dropped.
+    Opened to go on after `step`; see `rows.go_on`.
     """
 
     def __init__(self, path: Path, step: int):
         if path.exists():
-            whole = []
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n") or _step_of(line) > step:
-                    break
-                whole.append(line)
-            write_whole(path, lambda file: file.write(b"".join(whole)))
-        self._file = open(path, "a", buffering=1)
+            go_on(path, step)
+        self.path = path
+        with writing(path):
+            self._file = open(path, "ab", buffering=0)  # nothing is left to write when a full disk ends the run
 
     def write(self, row: dict) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(row) + "\n")
+        """Append one line. Raises UsageError when it cannot be written."""
+        line = (json.dumps(row) + "\n").encode()
+        with writing(self.path):
+            while line:  # a disk takes what it has space for
+                line = line[self._file.write(line) :]
 
     def sync(self) -> None:
-        """Force every line to disk."""
-        os.fsync(self._file.fileno())
+        """Force every line to disk. Raises UsageError when that fails."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -64,7 +68,9 @@ class Log:
         self.metrics = self.times = self.tensorboard = self.bar = None
         step = progress.step
         self._bad_path, self._skipped_path = folder.path / "bad_images.txt", folder.skipped
-        self._bad_known = set(self._bad_path.read_text().splitlines()) if self._bad_path.exists() else set()
+        self._events = folder.path / "tensorboard"
+        named = self._bad_path.read_text(errors="replace") if self._bad_path.exists() else ""
+        self._bad_known = set(named.splitlines())
         self._start = self._logged = self._printed = progress.seconds, step
         self._waited, self._clock = 0.0, time.monotonic()
         if not is_main:
@@ -75,7 +81,9 @@ class Log:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
+            threading.excepthook = _report
+            with writing(self._events):
+                self.tensorboard = SummaryWriter(str(self._events), purge_step=step + 1)
         if sys.stderr.isatty():
             self.bar = tqdm(
                 desc=label or None, initial=step, total=schedule.steps, unit="step", dynamic_ncols=True, smoothing=0.05
@@ -96,13 +104,14 @@ class Log:
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Points for TensorBoard."""
         if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, step)
+            with writing(self._events):
+                for name, value in values.items():
+                    self.tensorboard.add_scalar(name, value, step)
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a written PNG in TensorBoard."""
         if self.tensorboard:
-            with Image.open(path) as image:
+            with Image.open(path) as image, writing(self._events):
                 self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def sync(self) -> None:
@@ -112,7 +121,7 @@ class Log:
 
     def say(self, line: str) -> None:
         """One line for people, beside the bar if there is one."""
-        line = f"{self.label}: {line}" if self.label else line
+        line = one_line(f"{self.label}: {line}" if self.label else line)
         if self.bar:
             self.bar.write(line)
         elif self.is_main:
@@ -123,14 +132,14 @@ class Log:
         for name in names:
             if name not in self._bad_known:
                 self._bad_known.add(name)
-                with open(self._bad_path, "a") as file:  # one short append: ranks do not mix
+                with writing(self._bad_path), open(self._bad_path, "a") as file:  # one short append: ranks do not mix
                     file.write(name + "\n")
                 self.say(f"warning: unreadable image replaced: {name}")
 
     def skipped(self, row: dict) -> None:
         """A line of skipped.jsonl, a file of runs that skipped a step."""
         if self.is_main:
-            with open(self._skipped_path, "a") as file:
+            with writing(self._skipped_path), open(self._skipped_path, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
@@ -140,7 +149,8 @@ class Log:
             self.metrics.close()
             self.times.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            with writing(self._events):
+                self.tensorboard.close()
         if self.bar:
             self.bar.close()
             self.bar = None
@@ -177,11 +187,10 @@ class Log:
             )
 
 
-def _step_of(line: bytes) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _report(args: threading.ExceptHookArgs) -> None:
+    """As threads do, but for TensorBoard's, whose error the next point raises again."""
+    if type(args.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+        threading.__excepthook__(args)
 
 
 def peak_memory() -> int:

@@ -13,12 +13,13 @@ from typing import IO
 from torch import Tensor
 
 from fcmae import config as settings
+from fcmae.checksum import write_safetensors
 from fcmae.errors import TryAgain, UsageError
+from fcmae.files import sweep
 from fcmae.layouts import timm
 from fcmae.train import checkpoint, family
 from fcmae.train.lock import locked
 from fcmae.train.run_config import RunConfig
-from fcmae.weights import write_safetensors
 
 _ARTIFACTS = (
     *("metrics.jsonl", "times.jsonl", "collapse.jsonl", "skipped.jsonl", "tensorboard"),
@@ -124,6 +125,7 @@ class RunFolder:
                 settings.write_yaml(config, self.config)
             for part in self.parts:
                 (self.path / part).mkdir(exist_ok=True)
+                sweep(self.path / part)  # a run saves at any step when it is told to end, and may be killed doing it
             return lock
         except OSError as error:
             raise UsageError(f"cannot write into out={self.path}: {error.strerror}; choose another folder") from None

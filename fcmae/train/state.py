@@ -75,6 +75,9 @@ class TrainState:
         free: settings that may differ. source: the setting that names the images. Raises UsageError when it belongs to
         another model, other settings or other images.
         """
+        parts = ["config", "dataset_size", "model", "optimizer", "scaler", "rng", *["ema"] * (self.ema is not None)]
+        if missing := [part for part in parts if part not in payload]:
+            raise UsageError(f"{where} lacks {', '.join(missing)}, so no run goes on from it; init= takes its weights")
         given = family.held(config, payload["config"], where)
         changed = settings.differences(given, settings.to_dict(config), family.free(config, free))
         if changed:
