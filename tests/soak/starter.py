@@ -104,7 +104,7 @@ class Starter:
     def close(self) -> None:
         """End the server."""
         self.server.stdin.close()
-        self.server.wait(60)
+        self.server.wait(300)  # a busy machine takes its time
 
     def _new(self) -> Started:
         self.count += 1
