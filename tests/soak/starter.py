@@ -110,6 +110,8 @@ class Starter:
         self.count += 1
         folder = self.logs / f"{self.count:04d}"
         folder.mkdir()
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()  # a fork may be killed before it opens them
         return Started(folder)
 
     def _ask(self, order: dict) -> str:
