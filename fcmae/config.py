@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from fcmae.errors import UsageError, nearest
 from fcmae.files import write_whole
@@ -209,7 +208,11 @@ def _read_yaml(path: str | Path) -> Any:
         raise UsageError(f"{path} is no config file; to start from a checkpoint: CONFIG.yaml resume={path}")
     try:
         layer = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        layer = None  # a number, say, of which OmegaConf makes nothing
+    except Exception as error:  # for tags that do not fit their values PyYAML raises nearly anything
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(layer):
         raise UsageError(f"{path} must hold `key: value` settings")
@@ -231,7 +234,7 @@ def _read_override(schema: type, text: str) -> Any:
         text = f"{key}={json.dumps(value)}"  # a folder may be called 007 or *.tar: YAML would see a number, an alias
     try:
         return OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException) as error:
+    except Exception as error:  # see _read_yaml
         if value.count("[") > value.count("]") or value.count("{") > value.count("}"):
             raise UsageError(
                 f"{text!r} is cut short, as the shell splits words at spaces; write a list without them or in quotes: "

@@ -120,6 +120,12 @@ def test_config_file_and_usage(place, tmp_path, capsys):
     )
     (tmp_path / "list.yaml").write_text("- a\n")
     assert "key: value" in refused(capsys, tmp_path / "list.yaml")
+    for tag in ("int", "bool", "timestamp"):
+        (tmp_path / "tag.yaml").write_text(f"seed: !!{tag} x\n")
+        assert "tag.yaml is not valid YAML" in refused(capsys, tmp_path / "tag.yaml")
+        assert f"seed=!!{tag} x" in refused(capsys, place / "config.yaml", f"seed=!!{tag} x")
+    (tmp_path / "number.yaml").write_text("3\n")
+    assert "number.yaml must hold `key: value`" in refused(capsys, tmp_path / "number.yaml")
     assert "CONFIG.yaml" in refused(capsys, "data.source=x")
     assert "out=" in refused(capsys, place / "config.yaml", f"data.source={place / 'pictures'}")
     assert main(["--help"]) == 0

@@ -110,7 +110,8 @@ def _random(config: DownstreamConfig) -> Start:
     decoder = {"decoder_dim": 16, "decoder_depth": 0} | ({"decoder_heads": 1} if vit else {})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        size = {"image_size": image_size(config)} if vit else {}
+        # Of a few patches the ratio that pretraining has by default may leave none; nothing is masked here.
+        size = {"image_size": image_size(config), "mask_ratio": 0.5} if vit else {}
         model = create_model(name, in_chans=config.model.in_chans, **size, **decoder)
     told = Told(model.heads, 1, model.image_size) if vit else None
     spec = read_spec(model.state_dict(), name, told)

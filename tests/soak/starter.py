@@ -104,12 +104,14 @@ class Starter:
     def close(self) -> None:
         """End the server."""
         self.server.stdin.close()
-        self.server.wait(60)
+        self.server.wait(300)  # a busy machine takes its time
 
     def _new(self) -> Started:
         self.count += 1
         folder = self.logs / f"{self.count:04d}"
         folder.mkdir()
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()  # a fork may be killed before it opens them
         return Started(folder)
 
     def _ask(self, order: dict) -> str:
