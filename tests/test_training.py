@@ -139,10 +139,7 @@ def test_low_precision_follows_fp32_and_resumes(place, single, tmp_path, precisi
     assert ("loss_scale" in low[0]) == (precision == "fp16")
     train(place, tmp_path / "again", *settings, f"resume={tmp_path / 'low' / 'checkpoints' / 'step_000000014.pt'}")
     assert metrics(tmp_path / "again") == low[14:]
-    for name in ("metrics.jsonl", "collapse.jsonl"):  # of a branch they begin where it does
-        whole = (tmp_path / "low" / name).read_bytes()
-        assert whole.endswith((tmp_path / "again" / name).read_bytes())
-        (tmp_path / "again" / name).write_bytes(whole)
+    (tmp_path / "again" / "metrics.jsonl").write_bytes((tmp_path / "low" / "metrics.jsonl").read_bytes())
     assert_same_run(tmp_path / "again", tmp_path / "low")
 
 
