@@ -19,8 +19,8 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture
-def often(request) -> Callable[[int, int], int]:
-    """often(full, short): how many times to do something."""
+def often(request) -> Callable:
+    """often(full, short): which of the two, such as how many times to do something."""
     return lambda full, short: short if request.config.getoption("--short") else full
 
 
