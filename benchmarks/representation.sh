@@ -5,7 +5,7 @@
 #   benchmarks/representation.sh DATA OUT        DATA: train/ and val/ of class folders
 #
 # Killed or stopped, the same command goes on: what is finished is skipped, what was begun is resumed. The table is
-# OUT/table.md. From the environment: SEEDS="0 1 2", EPOCHS (pretraining) 60, FINETUNE 15, PROBE 10, SIZE 96,
+# OUT/table.md. From the environment: SEEDS="0 1 2", EPOCHS (pretraining) 60, FINETUNE 10, PROBE 10, SIZE 96,
 # MODELS="fcmae_atto mae_vit_tiny", BATCH 128 (pretraining; 64, or as many if fewer, are probed and fine-tuned), PYTHON.
 set -euo pipefail
 
@@ -18,7 +18,7 @@ shift 2
 for part in train val; do
     [ -d "$data/$part" ] || { echo "$data/$part is no folder: DATA must hold train/ and val/ of class folders" >&2; exit 2; }
 done
-seeds=${SEEDS:-0 1 2} epochs=${EPOCHS:-60} tuned=${FINETUNE:-15} probed=${PROBE:-10} size=${SIZE:-96}
+seeds=${SEEDS:-0 1 2} epochs=${EPOCHS:-60} tuned=${FINETUNE:-10} probed=${PROBE:-10} size=${SIZE:-96}
 models=${MODELS:-fcmae_atto mae_vit_tiny} batch=${BATCH:-128} python=${PYTHON:-python}
 configs=$(dirname "$0")/../configs
 small() { echo $(($1 < $2 ? $1 : $2)); }
