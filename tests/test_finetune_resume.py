@@ -53,16 +53,6 @@ def test_killed_in_the_middle(whole, tmp_path):
     assert_same_outcome(tmp_path / "k", done)
 
 
-@pytest.mark.slow
-def test_killed_at_many_random_moments(whole, tmp_path):
-    place, done = whole
-    out, rng = tmp_path / "k", random.Random(1)
-    for i in range(6):
-        kill_at(arguments(place, out, *SETTINGS), out / "metrics.jsonl", 3 * i + rng.randint(1, 2), 0.1 * rng.random())
-    assert main(arguments(place, out, *SETTINGS)) == 0
-    assert_same_outcome(out, done)
-
-
 def test_a_signal_saves_before_leaving(whole, tmp_path, capsys):
     place, done = whole
     out = tmp_path / "s"

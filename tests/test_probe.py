@@ -255,19 +255,18 @@ def test_linear_probing_on_two_processes(place, linear, tmp_path):
     assert changed(place, tmp_path / "two") == set()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_probe_resumes_to_the_same(place, tmp_path, processes):
+@pytest.mark.slow  # in one process: tests/test_finetune_resume.py
+def test_a_probe_on_two_processes_resumes_to_the_same(place, tmp_path):
     """Statistics of BatchNorm included: what happens at a checkpoint changes nothing."""
     more = (*LINEAR, "train.batch_size=4", "train.warmup_epochs=0.5", "data.workers=1", "--mode", "linear")
     for name, every in (("whole", 100), ("parts", 3)):
-        process = start("fcmae.probe", arguments(place, tmp_path / name, f"checkpoint.every={every}", *more), processes)
+        process = start("fcmae.probe", arguments(place, tmp_path / name, f"checkpoint.every={every}", *more), 2)
         assert process.communicate(timeout=200) and process.returncode == 0
     parts = tmp_path / "parts"
     (parts / "checkpoints" / "step_000000008.pt").unlink()
     for name in ("results.json", LAST):
         (parts / name).unlink()
-    process = start("fcmae.probe", arguments(place, parts, "checkpoint.every=3", *more), processes)
+    process = start("fcmae.probe", arguments(place, parts, "checkpoint.every=3", *more), 2)
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0 and "going on from step 6" in said, errors[-2000:]
     assert_same_outcome(parts, tmp_path / "whole")

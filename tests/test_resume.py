@@ -1,10 +1,8 @@
 """Killed at any instant, a run resumes to the same weights and metrics, bit for bit."""
 
 import errno
-import random
 import signal
 import subprocess
-import time
 
 import pytest
 import torch
@@ -25,41 +23,6 @@ def whole(tmp_path_factory):
     run(config, *settings, f"out={folder / 'whole'}")
     assert (folder / "whole" / "collapse.jsonl").read_text().count("\n") == 9  # after 0, 7, ..., 56 steps of 60
     return folder, config, settings
-
-
-def kill_when(process, condition, seconds=120):
-    """SIGKILL as soon as the condition holds; False when the run ended before."""
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
-        if condition():
-            process.kill()
-            process.wait()
-            return True
-    assert process.poll() is not None, "the run neither ended nor came to the point it was to be killed at"
-    return False
-
-
-@pytest.mark.slow
-def test_killed_at_ten_random_moments(whole, tmp_path):
-    _, config, settings = whole
-    out, rng, killed = tmp_path / "killed", random.Random(0), 0
-    reached = lambda: len((out / "metrics.jsonl").read_bytes().splitlines()) if out.exists() else 0  # noqa: E731
-    while killed < 10:
-        workers = rng.choice([0, 1, 2])
-        process = subprocess.Popen(
-            command(config, *settings, f"out={out}", f"data.workers={workers}"),
-            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        before = reached() if (out / "metrics.jsonl").exists() else 0
-        if killed % 2:  # in the middle of writing a checkpoint
-            condition = lambda: any((out / "checkpoints").glob(".*.part.pt"))  # noqa: E731
-        else:  # some steps and a random fraction of one further on
-            goal, pause = before + rng.randint(1, 5), rng.random() * 0.05
-            condition = lambda: (out / "metrics.jsonl").exists() and reached() >= goal and (time.sleep(pause) or True)  # noqa: B023, E731
-        assert kill_when(process, condition), f"ended by itself: {process.stderr.read()[-2000:]}"
-        killed += 1
-    run(config, *settings, f"out={out}")
-    assert_same_run(out, whole[0] / "whole")
 
 
 def test_another_number_of_workers_changes_nothing(whole, tmp_path):
