@@ -29,7 +29,7 @@ test-slurm: venv
 
 # Faults by the hundred, for hours; ARGS=--short: a few minutes. What they count goes to runs/soak.
 soak: venv
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -m soak tests/soak $(ARGS)
+	$(PYTEST) -m soak tests/soak $(ARGS)
 
 lint: venv
 	$(PY) -m ruff check . $(ARGS)

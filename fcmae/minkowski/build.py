@@ -16,6 +16,7 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -170,26 +171,29 @@ def pip(arguments: list[str], log: Path, environment: Mapping[str, str], progres
 def install(wheel: Path) -> None:
     """Put the wheel into this environment and see that the engine loads there.
 
-    Raises UsageError when it does not; the wheel is then removed, so that the next time builds it anew.
+    Raises UsageError when it does not; the wheel is then removed, so that the next time builds it anew, unless what
+    tried it was killed.
     """
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--force-reinstall", "--quiet", str(wheel)]
     done = subprocess.run(
         command, env=os.environ | {"PIP_ROOT_USER_ACTION": "ignore"}, capture_output=True, text=True, errors="replace"
     )
     if done.returncode:
-        wheel.unlink()
-        raise UsageError(f"pip could not install {wheel.name} (removed): {_last_line(done.stderr)}")
+        _refuse(wheel, done, "pip could not install it")
     probe = "from fcmae.minkowski import engine; print(engine.describe())"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, errors="replace")
     if done.returncode:
-        wheel.unlink()
-        raise UsageError(f"{wheel.name} does not load (removed; try again to build it): {_last_line(done.stderr)}")
+        _refuse(wheel, done, "it does not load")
     print(f"installed: {done.stdout.strip()} (kept: {wheel})")
     print("use it:    python -m fcmae.pretrain CONFIG.yaml sparse.backend=minkowski")
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1][:300]
+def _refuse(wheel: Path, done: subprocess.CompletedProcess, what: str) -> NoReturn:
+    if done.returncode < 0:  # the wheel may well be good
+        raise UsageError(f"{wheel.name}: a process that tried it was ended by signal {-done.returncode}; try again")
+    wheel.unlink()
+    said = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+    raise UsageError(f"{wheel.name}: {what} (removed; try again to build it): {said}")
 
 
 def failure(error: subprocess.CalledProcessError, cuda: bool) -> str:

@@ -145,7 +145,7 @@ def test_what_is_valid_starts(command, place, tmp_path, monkeypatch, often, figu
     short = often(False, True)
 
     @seed(SEED)
-    @examples(often(800, 12), short)
+    @examples(often(400, 8), short)
     @given(st.data())
     def check(data):
         found = data.draw(VALID[command]()) | sources(command, place)
@@ -166,7 +166,7 @@ def test_what_is_invalid_is_one_line(command, place, tmp_path, monkeypatch, ofte
     short, out = often(False, True), tmp_path / "out"
 
     @seed(SEED)
-    @examples(often(1200, 30), short)
+    @examples(often(800, 20), short)
     @given(st.data())
     def check(data):
         found, behind, names = data.draw(made_settings.broken(command))
