@@ -1,6 +1,6 @@
 """A pretraining run with numbers that go wrong on purpose: `python faulty.py FAULTS.json CONFIG [key=value ...]`.
 
-FAULTS: a list of {"step", "rank", "kind"}, steps counted from 1. kind: `loss`, which becomes NaN; `gradient` of the
+FAULTS: a list of {"step", "rank", "kind"}, steps counted from 1, each of one forward pass. kind: `loss`, which becomes NaN; `gradient` of the
 parameter "layer", one number of which becomes infinite; `scale`, fp16's, which becomes so large that gradients
 overflow. At the end every rank writes a digest of its weights to OUT/weights_RANK.
 """
@@ -48,7 +48,7 @@ class Faults:
         self.step += 1
         fault = self.at.get(self.step, {})
         if fault.get("kind") == "scale":
-            self.scaler.update(2.0**100)
+            self.scaler.update(2.0**30)
         return (output[0] * float("nan"), *output[1:]) if fault.get("kind") == "loss" else output
 
     def _gradient(self, name: str, gradient: Tensor) -> Tensor:

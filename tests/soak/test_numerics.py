@@ -102,10 +102,10 @@ def test_enough_in_a_row_stop_every_rank_and_leave_the_checkpoint(place, tmp_pat
 
 
 def test_overflow_of_fp16_moves_the_scaler_alone(place, tmp_path, often, figures):
-    steps = often(400, 40)
-    planted = list(range(10, steps, 20))
+    steps = often(800, 50)
+    planted = list(range(10, steps, 40))
     faults = [{"step": step, "rank": 0, "kind": "scale"} for step in planted]
-    more = (f"data.source={place / 'good'}", f"train.steps={steps}", "train.precision=fp16", "train.max_nonfinite=200")
+    more = (f"data.source={place / 'good'}", f"train.steps={steps}", "train.precision=fp16", "train.batch_size=8")
     done = start(place, tmp_path / "run", faults, *more, ranks=1)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = metrics(tmp_path / "run")
