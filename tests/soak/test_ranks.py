@@ -151,7 +151,7 @@ FAULTS = {
     "rank killed": (6, 1),
     "rank 0 killed in a checkpoint": (5, 0),
     "rank told to end": (4, 0),
-    "launcher killed": (5, 1),
+    "launcher killed": (5, 0),
     "launcher told to end": (3, 0),
 }
 
