@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fcmae.checksum import KEY, checksum, read_safetensors, write_safetensors
 from fcmae.errors import UsageError
+from fcmae.schema import CheckpointConfig
 from fcmae.train import checkpoint
 from fcmae.train.log import MetricsFile
 from fcmae.train.rows import read_rows
@@ -72,7 +73,7 @@ def test_weights_of_a_run_whose_newest_checkpoint_is_damaged_say_so(tmp_path, ca
 
     state = create_model("fcmae_convnextv2_atto", depths=[1, 1, 1, 1], dims=[8, 8, 8, 8], decoder_dim=8).state_dict()
     for step in (1, 2):
-        checkpoint.save(folder, {"step": step, "model": state}, keep_last=2, keep_multiple=None)
+        checkpoint.save(folder, {"step": step, "model": state}, CheckpointConfig(every=1, keep_last=2))
     newest = checkpoint.path_of(folder, 2)
     newest.write_bytes(newest.read_bytes()[:-9])
     assert read_weights(tmp_path / "run").state.keys() == state.keys()
