@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -52,12 +51,12 @@ def run_command(command: str, schema: type, run: Callable[..., int], argv: list[
 
 
 def _lost(error: RuntimeError) -> UsageError | None:
-    from fcmae.train.lost import lost  # torch, which --help does without
+    from fcmae.data.loader import end_workers  # torch, which --help does without
+    from fcmae.train.lost import lost
 
     told = lost(error)
     if told is not None:
-        for process in multiprocessing.active_children():
-            process.kill()  # a loader process that hangs would be waited for at the end of this one
+        end_workers()  # one that hangs would be waited for at the end of this process
     return told
 
 

@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-
 NOT_TO_BE_INSTALLED = ("needs a GPU", "needs user and mount namespaces")
 
 

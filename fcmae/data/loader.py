@@ -121,8 +121,9 @@ def _patiently(batches: Iterator) -> Iterator:
         while not ended.wait(1):
             if any(time.monotonic() - since > PATIENCE for since in asked):
                 hung.set()
-                for process in multiprocessing.active_children():
+                for process in multiprocessing.active_children()[:1]:  # torch raises once for each that dies
                     process.kill()
+                return
 
     threading.Thread(target=watch, daemon=True).start()
     try:
@@ -134,6 +135,7 @@ def _patiently(batches: Iterator) -> Iterator:
                 return
             except Exception as error:
                 if hung.is_set():
+                    end_workers()
                     raise RuntimeError(f"DataLoader timed out after {PATIENCE} seconds") from error
                 if isinstance(error, (OSError, EOFError)):
                     time.sleep(1)  # if a process died, the signal that tells, and raises, may yet come
@@ -142,6 +144,22 @@ def _patiently(batches: Iterator) -> Iterator:
             yield batch
     finally:
         ended.set()
+
+
+def end_workers() -> None:
+    """Kill the loader processes that are left and wait for their ends.
+
+    In the main thread torch's handler, which raises for each that dies wherever the program is, rests meanwhile.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    try:
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+    finally:
+        if main:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def collate(items: list[dict]) -> dict[str, Tensor | list[str]]:

@@ -1,8 +1,8 @@
 """A pretraining run with numbers that go wrong on purpose: `python faulty.py FAULTS.json CONFIG [key=value ...]`.
 
-FAULTS: a list of {"step", "rank", "kind"}, steps counted from 1, each of one forward pass. kind: `loss`, which becomes NaN; `gradient` of the
-parameter "layer", one number of which becomes infinite; `scale`, fp16's, which becomes so large that gradients
-overflow. At the end every rank writes a digest of its weights to OUT/weights_RANK.
+FAULTS: a list of {"step", "rank", "kind"}, steps counted from 1, each of one forward pass. kind: `loss`, which becomes
+NaN; `gradient` of the parameter "layer", one number of which becomes infinite; `scale`, fp16's, which becomes so large
+that gradients overflow. At the end every rank writes a digest of its weights to OUT/weights_RANK.
 """
 
 from __future__ import annotations
