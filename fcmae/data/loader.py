@@ -119,10 +119,10 @@ def _patiently(batches: Iterator) -> Iterator:
 
     def watch() -> None:
         while not ended.wait(1):
-            if any(time.monotonic() - since > PATIENCE for since in asked):
+            late = any(time.monotonic() - since > PATIENCE for since in asked)
+            if late and (processes := multiprocessing.active_children()):
                 hung.set()
-                for process in multiprocessing.active_children()[:1]:  # torch raises once for each that dies
-                    process.kill()
+                processes[0].kill()  # one: torch raises for each that dies
                 return
 
     threading.Thread(target=watch, daemon=True).start()
