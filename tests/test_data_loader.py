@@ -271,7 +271,7 @@ def test_workers_end_with_the_parent_or_by_its_terminate(folder, end):
     script = "time.sleep(60)"
     if end == "terminate":  # what DataLoader does to workers that hang
         script = """
-        for worker in batches._workers:
+        for worker in multiprocessing.active_children():
             worker.terminate()
             worker.join()
         os._exit(7)
