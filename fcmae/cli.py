@@ -35,8 +35,8 @@ def run_command(command: str, schema: type, run: Callable[..., int], argv: list[
         if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
             raise UsageError(f"name a config file first: python -m {command} CONFIG.yaml [key=value ...], or --help")
         config = settings.load(schema, arguments[0], arguments[1:])
-        for line in settings.repeats(arguments[1:]):
-            print(f"{rank_label(find_place())}{line}", flush=True)
+        if find_place().rank == 0:
+            print(*[f"{line}\n" for line in settings.repeats(arguments[1:])], sep="", end="", flush=True)
         return run(config)
     except (UsageError, OSError) as error:  # OSError: a full disk, a file that cannot be read
         told = error

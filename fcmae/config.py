@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 import types
@@ -25,7 +24,8 @@ C = TypeVar("C")
 _DIGITS = re.compile(r"\d+")
 _IN_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
-# Settings that say where and how fast a run goes on, not what it computes: a resumed run may change them.
+# Settings that say where and how fast a run goes on, and what is done when numbers go wrong, but nothing else of what
+# it computes: a resumed run may change them.
 FREE_KEYS = (
     "out", "resume", "device", "data.workers", "data.prefetch", "data.pin_memory", "data.max_bad_share",
     "train.batch_size", "train.accum_steps", "train.compile", "train.sharding", "train.max_nonfinite",
@@ -61,10 +61,11 @@ def load(schema: type[C], path: str | Path, overrides: list[str]) -> C:
 
 
 def check_repeats(overrides: list[str]) -> None:
-    """Raises UsageError for two words in a row whose values differ in digits alone: a shell made them of {000..015}."""
+    """Raises UsageError for two shards in a row whose names differ in digits alone: a shell made them of {000..015}."""
     for one, two in itertools.pairwise(overrides):
-        key, separator, value = one.partition("=")
-        if separator and one != two and _DIGITS.sub("0", one) == _DIGITS.sub("0", two) and not _is_number(value):
+        alike = _DIGITS.sub("0", one) == _DIGITS.sub("0", two)
+        if alike and one != two and "=" in one and one.endswith(".tar"):
+            key = one.partition("=")[0]
             raise UsageError(
                 f"{key} is given twice in a row, {one} {two}: what the shell expands needs quotes, "
                 f"'{key}=...{{000..015}}...'"
@@ -263,13 +264,6 @@ def _check_known(schema: type, key: str, value: Any, where: str) -> None:
         raise UsageError(f"{where}: {whole} is ???, which stands for a value still to be given")
     if known[key][0].startswith("[") and isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value):
         raise UsageError(_wrong_type(schema, key, value, where))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _bare(key: str) -> str:

@@ -155,11 +155,14 @@ def steps_of(
         if world.is_main or sharded:
             watch(step)
 
-    def restore() -> None:
-        # One that a signal asked for is passed over, so that a run that was stopped goes back as far as another.
-        newest = world.on_main(lambda: checkpoint.find_newest(folder.checkpoints, config.checkpoint.every)[0])
+    def restore() -> list[str]:
+        # One that a signal asked for comes last, so that a run that was stopped goes back as far as another.
+        newest, damaged = world.on_main(lambda: checkpoint.find_newest(folder.checkpoints, config.checkpoint.every))
         state.scaler = optim.make_scaler(world.device, config.train.precision)  # the old one is in the middle of a step
         state.restore(checkpoint.read(newest), str(newest), config, len(dataset))
+        here = state.progress.step
+        world.on_main(lambda: checkpoint.drop(folder.checkpoints, lambda step: step > here))
+        return damaged
 
     guard = SpikeGuard(config.train.spike_factor, state)
     hooks = loop.Hooks(loss, save, picture, config.log.images_every, dataset.source.name, begin, guard)
@@ -181,7 +184,7 @@ def steps_of(
                 begin(state.progress.step)  # what the last step left
             break
         except Spike as spike:
-            lines = [guard.go_back(spike, restore)]
+            lines = guard.go_back(spike, restore)
         finally:
             watch.close()
             log.close()

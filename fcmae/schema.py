@@ -111,7 +111,7 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     every: int = setting(1000, "optimizer steps between checkpoints; one more is written at the end")
-    keep_last: int = setting(2, "newest checkpoints kept")
+    keep_last: int = setting(2, "newest checkpoints kept, and as many of those whose step is a multiple of every")
     keep_every: int | None = setting(None, "every m-th checkpoint kept besides; null: none")
 
 

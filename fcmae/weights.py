@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import pickle
 import warnings
 import zipfile
@@ -20,8 +19,6 @@ from fcmae.layouts import FAMILIES, Layout
 from fcmae.layouts.sizes import Spec, Told
 from fcmae.layouts.spec import read_spec
 from fcmae.models.decoders import HEADS
-
-log = logging.getLogger(__name__)
 
 # Under which names training scripts keep the weights among other things; the averaged ones with `ema`.
 ENTRIES = ("model", "state_dict", "module")
@@ -154,7 +151,7 @@ def _load(path: Path) -> dict:
         if newest is None:
             raise UsageError(f"{path} is a run without a checkpoint yet")
         for line in unreadable:
-            log.warning("warning: %s; falling back to the checkpoint before", line)
+            print(f"warning: {line}; falling back to the checkpoint before", flush=True)
         return load_tensors(newest)
     for name in FOLDER_FILES:
         if (path / name).is_file():

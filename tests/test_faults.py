@@ -22,6 +22,7 @@ import torch
 from fcmae.cli import run_command
 from fcmae.data import loader
 from fcmae.data.loader import PatientLoader, start_worker
+from fcmae.downstream import representation
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
 from fcmae.schema import Config, LogConfig
@@ -76,7 +77,9 @@ def test_a_log_that_finds_no_space_says_so_and_goes_on_later(tmp_path):
 
 def test_tensorboard_and_the_names_of_bad_images_find_no_space(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
-    log, other = (Log(RunFolder(tmp_path), LogConfig(), Progress(), None, is_main, "") for is_main in (True, False))
+    configs = LogConfig(), LogConfig(tensorboard=False)
+    log, other = (Log(RunFolder(tmp_path), config, Progress(), None, True, "") for config in configs)
+    monkeypatch.setattr(other, "say", lambda line: None)  # standard output is a file here
     with no_file_beyond(200):
         with pytest.raises(UsageError, match=f"could not write {tmp_path / 'tensorboard'}: File too large"):
             for step in range(500):
@@ -110,19 +113,31 @@ class Numbers(torch.utils.data.Dataset):
         return torch.full((1000,), float(i))
 
 
+def training() -> PatientLoader:
+    return PatientLoader(Numbers(), 2, num_workers=2, worker_init_fn=start_worker)
+
+
+def validation() -> PatientLoader:
+    return representation.loader(Numbers(), 2, 2)
+
+
 @pytest.mark.parametrize(
-    ("number", "patience", "words"),
-    [(signal.SIGKILL, 600, "a loader process was killed"), (signal.SIGSTOP, 3, "no batch came .* in 3 s")],
+    ("make", "number", "patience", "words"),
+    [
+        (training, signal.SIGKILL, 600, "a loader process was killed"),
+        (training, signal.SIGSTOP, 3, "no batch came .* in 3 s"),
+        (validation, signal.SIGSTOP, 3, "no batch came .* in 3 s"),
+    ],
 )
 def test_a_loader_process_that_dies_or_hangs_ends_the_run_in_one_line(
-    tmp_path, monkeypatch, capfd, number, patience, words
+    tmp_path, monkeypatch, capfd, make, number, patience, words
 ):
     (tmp_path / "config.yaml").write_text(CONFIG)
     monkeypatch.setattr(loader, "PATIENCE", patience)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
 
     def run(config):
-        batches = iter(PatientLoader(Numbers(), 2, num_workers=2, worker_init_fn=start_worker))
+        batches = iter(make())
         next(batches)
         for process in multiprocessing.active_children():
             os.kill(process.pid, number)

@@ -72,6 +72,26 @@ def test_stopped_and_continued_it_goes_back_at_the_same_steps(place, guarded, tm
     assert final_state(out)["ahead"] == final_state(guarded)["ahead"]
 
 
+@pytest.mark.parametrize("branch", [False, True])
+def test_it_goes_back_to_what_a_signal_saved_where_there_is_nothing_else(place, tmp_path, capsys, branch):
+    out, overrides = tmp_path / "run", ("train.steps=40", "checkpoint.every=1000")
+    config = settings.load(Config, *(lambda a: (a[0], a[1:]))(arguments(place, out, *overrides)))
+    checks.check(config)
+    family.fill(config)
+    stop = StopSignal()
+    for progress in steps_of(config, World(0, 1, torch.device("cpu")), stop):
+        if progress.step == 6:
+            stop.received = 15
+    if branch:
+        (out / "checkpoints" / "step_000000007.pt").rename(tmp_path / "seven.pt")
+        out = tmp_path / "branch"
+        overrides = (*overrides, f"resume={tmp_path / 'seven.pt'}")
+    assert main(arguments(place, out, *overrides, "train.spike_factor=3")) == 2  # five steps bring one
+    said = capsys.readouterr()
+    assert said.out.count("back to step 7, and on past") == TRIES
+    assert f"went back to its checkpoint of step 7 {TRIES} times" in said.err
+
+
 def test_a_run_that_gets_no_further_says_so(place, tmp_path, capsys):
     status = main(arguments(place, tmp_path / "run", "train.spike_factor=1.0001", "train.steps=60"))
     error = capsys.readouterr().err

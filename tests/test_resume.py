@@ -25,6 +25,20 @@ def whole(tmp_path_factory):
     return folder, config, settings
 
 
+def test_regular_checkpoints_come_before_those_that_a_signal_asked_for(tmp_path):
+    for step in (4, 8, 10):
+        checkpoint.save(tmp_path, {"step": step}, CheckpointConfig(every=4, keep_last=3))
+    assert checkpoint.find_newest(tmp_path)[0].name == "step_000000010.pt"
+    assert checkpoint.find_newest(tmp_path, 4)[0].name == "step_000000008.pt"
+    for step in (4, 8):
+        path = checkpoint.path_of(tmp_path, step)
+        path.write_bytes(path.read_bytes()[:-9])
+    found, damaged = checkpoint.find_newest(tmp_path, 4)
+    assert found.name == "step_000000010.pt" and len(damaged) == 2
+    checkpoint.drop(tmp_path, lambda step: step > 4)
+    assert checkpoint.steps_in(tmp_path) == [4]
+
+
 def test_another_number_of_workers_changes_nothing(whole, tmp_path):
     _, config, settings = whole
     run(config, *settings, f"out={tmp_path / 'workers'}", "data.workers=2")

@@ -291,7 +291,6 @@ HOLDER = """
 import sys
 from pathlib import Path
 from fcmae.train.lock import locked
-from fcmae.train.lost import lost
 held = locked(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

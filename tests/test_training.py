@@ -62,6 +62,19 @@ def test_two_ranks_follow_one_process(place, single, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_name_a_broken_image_once(place, tmp_path):
+    make_pictures(tmp_path / "pictures", 15)
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
+    more = ("train.batch_size=4", "train.steps=20", "data.max_bad_share=1")  # ten epochs: it comes to either rank
+    done = run(
+        place / "config.yaml", f"data.source={tmp_path / 'pictures'}", f"out={tmp_path / 'two'}", *more, processes=2
+    )
+    (line,) = (tmp_path / "two" / "bad_images.txt").read_text().splitlines()
+    assert line.startswith(str(tmp_path / "pictures" / "broken.png")) and done.stdout.count("unreadable image") == 1
+    assert final_state(tmp_path / "two")["bad_images"] == 10
+
+
+@pytest.mark.slow
 def test_two_ranks_accumulating_follow_one_process(place, single, tmp_path):
     settings = ["train.batch_size=2", "train.effective_batch=8"]
     run(place / "config.yaml", f"data.source={place / 'pictures'}", f"out={tmp_path / 'a'}", *settings, processes=2)

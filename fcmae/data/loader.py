@@ -114,21 +114,24 @@ class PatientLoader(DataLoader):
 
 
 def _patiently(batches: Iterator) -> Iterator:
-    asked: list[float] = []  # since when the next batch is waited for
+    count, asking = 0, False
     ended, hung = threading.Event(), threading.Event()
 
     def watch() -> None:
-        while not ended.wait(1):
-            late = any(time.monotonic() - since > PATIENCE for since in asked)
-            if late and (processes := multiprocessing.active_children()):
+        number, late = 0, 0
+        while not ended.wait(1):  # seconds of this process: while it is stopped none pass
+            number, late = (number, late + 1) if asking and number == count else (count, 0)
+            if late > PATIENCE:
                 hung.set()
-                processes[0].kill()  # one: torch raises for each that dies
-                return
+                for process in multiprocessing.active_children():
+                    process.kill()
+                    if ended.wait(10):  # torch raises for each that dies; one that waits for a disk does not
+                        return
 
     threading.Thread(target=watch, daemon=True).start()
     try:
         while True:
-            asked.append(time.monotonic())
+            count, asking = count + 1, True
             try:
                 batch = next(batches)
             except StopIteration:
@@ -140,7 +143,7 @@ def _patiently(batches: Iterator) -> Iterator:
                 if isinstance(error, (OSError, EOFError)):
                     time.sleep(1)  # if a process died, the signal that tells, and raises, may yet come
                 raise
-            asked.clear()
+            asking = False
             yield batch
     finally:
         ended.set()
@@ -156,7 +159,7 @@ def end_workers() -> None:
     try:
         for process in multiprocessing.active_children():
             process.kill()
-            process.join()
+            process.join(10)  # one that waits for a disk does not end
     finally:
         if main:
             signal.signal(signal.SIGCHLD, handler)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from fcmae.data.loader import start_worker
+from fcmae.data.loader import PatientLoader, start_worker
 
 
 def pooled(encoded: Tensor) -> Tensor:
@@ -45,11 +44,11 @@ def features(
     )
 
 
-def loader(dataset, batch_size: int, workers: int) -> DataLoader:
+def loader(dataset, batch_size: int, workers: int) -> PatientLoader:
     """Batches in the dataset's order."""
     # Its own generator: the loader would draw from the global one, whose state belongs to training.
     own = torch.Generator()
-    return DataLoader(dataset, batch_size, num_workers=workers, generator=own, worker_init_fn=start_worker)
+    return PatientLoader(dataset, batch_size, num_workers=workers, generator=own, worker_init_fn=start_worker)
 
 
 def knn(

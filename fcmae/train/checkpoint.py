@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,11 +41,15 @@ def save(folder: Path, payload: dict, settings: CheckpointConfig) -> Path:
     regular = [s for s in found if s % settings.every == 0]
     kept = {*found[-settings.keep_last :], *regular[-settings.keep_last :]}
     if settings.keep_every is not None:
-        kept |= {s for s in regular if s % (settings.every * settings.keep_every) == 0}
-    for other in steps_in(folder):
-        if other not in kept:
-            path_of(folder, other).unlink(missing_ok=True)
+        kept |= {s for s in regular if s and s % (settings.every * settings.keep_every) == 0}
+    drop(folder, lambda other: other not in kept)
     return path
+
+
+def drop(folder: Path, unwanted: Callable[[int], bool]) -> None:
+    """Remove the checkpoints of unwanted steps."""
+    for step in filter(unwanted, steps_in(folder)):
+        path_of(folder, step).unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict:
@@ -62,15 +67,13 @@ def read(path: Path) -> dict:
 
 
 def find_newest(folder: Path, every: int = 1) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a folder (None without any) and why each newer one was passed over; of those alone
-    whose step is a multiple of `every`.
+    """The newest whole checkpoint of a folder (None without any) and why each one that comes before it was passed over.
 
-    Raises UsageError when there are checkpoints and none is whole.
+    Those whose step is a multiple of `every` come before the others. Raises UsageError when there are checkpoints and
+    none is whole.
     """
     unreadable: list[str] = []
-    for step in reversed(steps_in(folder)):
-        if step % every:
-            continue
+    for step in sorted(steps_in(folder), key=lambda step: (step % every == 0, step), reverse=True):
         try:
             read(path_of(folder, step))
             return path_of(folder, step), unreadable

@@ -81,7 +81,7 @@ class Log:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            threading.excepthook = _report
+            self._hook, threading.excepthook = threading.excepthook, _report
             with writing(self._events):
                 self.tensorboard = SummaryWriter(str(self._events), purge_step=step + 1)
         if sys.stderr.isatty():
@@ -128,19 +128,17 @@ class Log:
             print(line, flush=True)
 
     def bad_images(self, names: list[str]) -> None:
-        """Write the names of unreadable images that were replaced to bad_images.txt, each once."""
-        for name in names:
+        """Write the names of unreadable images of all ranks, which were replaced, to bad_images.txt, each once."""
+        for name in names if self.is_main else ():
             if name not in self._bad_known:
                 self._bad_known.add(name)
-                with writing(self._bad_path), open(self._bad_path, "a") as file:  # one short append: ranks do not mix
-                    file.write(name + "\n")
+                _append(self._bad_path, name)
                 self.say(f"warning: unreadable image replaced: {name}")
 
     def skipped(self, row: dict) -> None:
         """A line of skipped.jsonl, a file of runs that skipped a step."""
         if self.is_main:
-            with writing(self._skipped_path), open(self._skipped_path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            _append(self._skipped_path, json.dumps(row))
 
     def close(self) -> None:
         """Flush everything to disk."""
@@ -151,6 +149,7 @@ class Log:
         if self.tensorboard:
             with writing(self._events):
                 self.tensorboard.close()
+            threading.excepthook = self._hook
         if self.bar:
             self.bar.close()
             self.bar = None
@@ -185,6 +184,13 @@ class Log:
                 f"step {step}{'' if steps is None else f'/{steps}'} epoch {row['epoch']:.2f} loss {loss} "
                 f"lr {row['lr']:.2e} {rate} {eta}"
             )
+
+
+def _append(path: Path, line: str) -> None:
+    with writing(path), open(path, "a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # before a checkpoint that counts it
 
 
 def _report(args: threading.ExceptHookArgs) -> None:

@@ -133,6 +133,8 @@ def train(
         mean_loss, norm, stopping, mean_bad, seconds, paused = means
         seconds -= paused * world.size
         finite = math.isfinite(norm) and math.isfinite(mean_loss)
+        if mean_bad:
+            log.bad_images(world.gathered(bad))
         if finite:
             hooks.guard(mean_loss)
             optim.clip(state.model, config.train.clip_grad, grad_norm)
@@ -142,7 +144,6 @@ def train(
         progress.step += 1
         progress.seconds += seconds
         progress.bad_images += round(mean_bad * world.size)
-        log.bad_images(bad)
         row = {
             "step": progress.step,
             "epoch": round(schedule.epoch_at(progress.step), 6),

@@ -19,7 +19,9 @@ def lost(error: Exception) -> TryAgain | None:
         return TryAgain(f"other ranks cannot be reached, their own messages tell why; {AGAIN} ({said[:200]})")
     if not isinstance(error, RuntimeError):
         return None
-    if re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", said):
+    if "insufficient shared memory" in said:
+        return TryAgain(f"a loader process found no room in /dev/shm; raise its size, or lower data.workers; {AGAIN}")
+    if re.match(r"DataLoader worker \(pid.*\) (is killed|exited)|Pin memory thread exited", said):
         return TryAgain(
             f"a loader process was killed, as systems do when memory runs out; lower data.workers or data.prefetch if "
             f"so; {AGAIN} ({said.partition('. ')[0]})"

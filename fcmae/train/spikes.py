@@ -1,7 +1,8 @@
 """Spikes of the loss: the run goes back to its last checkpoint and passes over the images that led to the spike.
 
-As PaLM was trained (arXiv 2204.02311 §5.1): its spikes came from the state of the weights and certain batches together,
-and other batches after the same checkpoint did not bring them back.
+After PaLM (arXiv 2204.02311 §5.1), whose spikes came from the state of the weights and certain batches together, so
+that other batches after an earlier checkpoint did not bring them back. There that was one of some 100 steps before, and
+200 to 500 batches were passed over; here it is the newest regular one, and the batches up to the spike's are.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ class Spike(Exception):
 class SpikeGuard:
     """Looks at the loss of every step before it is made. Off where `factor` is None.
 
-    What it compares with is in the run's progress, so that a run that goes on sees the same spikes.
+    What it compares with, and how often it went back, are in the run's progress: a run that goes on does the same.
     """
 
     def __init__(self, factor: float | None, state: TrainState):
         self.factor, self.state = factor, state
-        self.tries: dict[int, int] = {}  # by the step gone back to
 
     def __call__(self, loss: float) -> None:
         """Raise Spike if the loss is one; otherwise remember it."""
@@ -44,17 +44,17 @@ class SpikeGuard:
         recent.append(loss)
         del recent[:-WINDOW]
 
-    def go_back(self, spike: Spike, restore: Callable[[], object]) -> str:
-        """Go back by `restore`, which restores the state from the newest checkpoint, and on with the images that follow
-        the spike's; what to tell the run's users.
+    def go_back(self, spike: Spike, restore: Callable[[], list[str]]) -> list[str]:
+        """Go back by `restore`, which restores the state from a checkpoint and names those it passed over, and on with
+        the images that follow the spike's; lines for the run's users.
 
         Raises UsageError where the run has gone back to the same checkpoint too often.
         """
         spiked = self.state.progress
-        restore()
+        damaged = restore()
         here = self.state.progress
-        self.tries[here.step] = self.tries.get(here.step, 0) + 1
-        if self.tries[here.step] > TRIES:
+        here.tries, here.back_at = spiked.tries + 1 if spiked.back_at == here.step else 1, here.step
+        if here.tries > TRIES:
             raise UsageError(
                 f"{spike}; the run went back to its checkpoint of step {here.step} {TRIES} times and got no further: "
                 f"lower train.base_lr, set train.clip_grad, or raise train.spike_factor"
@@ -62,4 +62,5 @@ class SpikeGuard:
         passed = spiked.step + 1 - here.step
         here.ahead, here.rollbacks = spiked.ahead + passed, spiked.rollbacks + 1
         here.seconds = spiked.seconds  # the time is spent, whatever became of it
-        return f"warning: {spike}; back to step {here.step}, and on past the images of {passed} steps"
+        said = f"{spike}; back to step {here.step}, and on past the images of {passed} steps"
+        return [f"warning: {line}" for line in (said, *damaged)]

@@ -25,6 +25,8 @@ class Progress:
     bad_images: int = 0  # unreadable images replaced, over all ranks
     ahead: int = 0  # steps whose images were passed over, by going back and on behind a spike of the loss
     rollbacks: int = 0  # how often the run went back
+    tries: int = 0  # how often of late to the same checkpoint, that of step `back_at`
+    back_at: int = -1
     recent: list[float] = field(default_factory=list)  # losses of the last steps, where spikes are looked for
     seconds: float = 0.0  # spent in steps, the mean of all ranks; checkpoints and pictures are not counted
 

@@ -41,11 +41,12 @@ class Kind:
 
 @dataclass
 class Counts:
-    """What was seen: faults by name, steps lost by each, moments, files that were being written."""
+    """What was seen: faults by name, steps lost by each, moments, kills that left half a checkpoint aside."""
 
     faults: Counter = field(default_factory=Counter)
     lost: list[int] = field(default_factory=list)
     moments: Counter = field(default_factory=Counter)
+    torn: int = 0
     resumed: int = 0
     runs: int = 0
 
@@ -54,6 +55,7 @@ class Counts:
         return {
             **{f"by_{name}": count for name, count in sorted(self.faults.items())},
             "moments": dict(sorted(self.moments.items())),
+            "in_the_middle_of_a_checkpoint": self.torn,
             "finished_runs_compared": self.runs,
             "resumed": self.resumed,
             "mean_steps_lost": round(sum(self.lost) / max(1, len(self.lost)), 2),

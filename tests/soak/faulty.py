@@ -2,7 +2,8 @@
 
 FAULTS: a list of {"step", "rank", "kind"}, steps counted from 1, each of one forward pass. kind: `loss`, which becomes
 NaN; `gradient` of the parameter "layer", one number of which becomes infinite; `scale`, fp16's, which becomes so large
-that gradients overflow. At the end every rank writes a digest of its weights to OUT/weights_RANK.
+that gradients overflow. At the end every rank writes a list to OUT/weights_RANK.json, digests of its weights before
+each step and after the last.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Faults:
         self.step = 0
         self.model: nn.Module | None = None
         self.scaler: torch.amp.GradScaler | None = None
+        self.weights: list[str] = []  # a digest before each step
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The model, followed step by step."""
@@ -46,6 +48,7 @@ class Faults:
         if not model.training:
             return output
         self.step += 1
+        self.weights.append(digest(model))
         fault = self.at.get(self.step, {})
         if fault.get("kind") == "scale":
             self.scaler.update(2.0**30)
@@ -74,11 +77,17 @@ def main() -> int:
     pretrain.build_model, optim.make_scaler = build_model, scaler_of
     status = pretrain.main(sys.argv[2:])
     out = next(text.removeprefix("out=") for text in sys.argv if text.startswith("out="))
-    digest = hashlib.sha256()
-    for x in faults.model.state_dict().values():
-        digest.update(x.numpy().tobytes())
-    (Path(out) / f"weights_{RANK}").write_text(digest.hexdigest())
+    (Path(out) / f"weights_{RANK}.json").write_text(json.dumps([*faults.weights, digest(faults.model)]))
     return status
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters, of this rank's part of them where they are spread."""
+    found = hashlib.sha256()
+    for x in model.parameters():
+        x = x.detach()
+        found.update(getattr(x, "_local_tensor", x).cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 if __name__ == "__main__":

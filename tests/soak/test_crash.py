@@ -112,9 +112,9 @@ class Trial:
         self.counts, self.number = Counts(), 0
         self._fresh()
 
-    def arguments(self) -> list[str]:
+    def arguments(self, workers: int = 0) -> list[str]:
         """What the next start is told."""
-        return self.kind.arguments(self.out)
+        return [*self.kind.arguments(self.out), f"data.workers={workers}"]
 
     def look(self, started) -> list[int]:
         """After a start: everything holds; the steps that each of its runs loses."""
@@ -169,10 +169,10 @@ def test_killed_or_told_to_end_at_random_moments(name, kinds, wholes, starter, t
     while left:
         moment = rng.choice(MOMENTS)
         if moment == "start":
-            started = starter.start_anew(kind.module, trial.arguments())
+            started = starter.start_anew(kind.module, trial.arguments(rng.choice([0, 1, 2])))
             came = crashes.when(started, rng, "any", trial.out, 4 + duration, kind)
         else:
-            started = starter.start(kind.module, trial.arguments())
+            started = starter.start(kind.module, trial.arguments(rng.choice([0, 1, 2])))
             came = crashes.when(started, rng, moment, trial.out, duration, kind)
         if came:
             started.signal(9 if left[-1] == "SIGKILL" else 15)
@@ -184,11 +184,14 @@ def test_killed_or_told_to_end_at_random_moments(name, kinds, wholes, starter, t
         assert status in ((-9,) if fault == "SIGKILL" else (-15, 143)), f"{status}: {started.errors()}"
         lost = trial.broken_off(started, fault)
         trial.counts.moments[moment] += 1
+        halves = [half for run in kind.folders(trial.out) for half in run.glob("checkpoints/.*.part.pt")]
+        trial.counts.torn += fault == "SIGKILL" and len(halves) > 0
         if status == 143:
             assert not any(lost) and "saved at step" in started.said(), (lost, started.said())
     last = starter.start_anew(kind.module, trial.arguments())
     assert last.wait() == 0, last.errors()[-2000:]
     trial.finished(last)
+    assert trial.counts.torn >= often(1, 0), "none was killed in the middle of a checkpoint"
     figures(f"killed_{name}", seed=SEED, **trial.counts.row())
 
 

@@ -1,7 +1,9 @@
 """Losses, gradients and images that are not finite, on any rank: skipped by all, named; enough of them stop a run."""
 
+import itertools
 import json
 import random
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -78,10 +80,11 @@ def test_whatever_is_not_finite_is_skipped_by_all_and_named(place, tmp_path, oft
             raise AssertionError((seed, step, row))
     seen = sum(huge in row["images"] for row in found.values())
     assert abs(seen - steps * 8 / 40) <= 1  # once an epoch
-    ours, theirs = ((out / f"weights_{rank}").read_text() for rank in range(2))
-    assert ours == theirs and all(torch.isfinite(x).all() for x in final_state(out)["model"].values())
+    ours, theirs = (weights_of(out, rank) for rank in range(2))
+    assert ours == theirs and unchanged(ours) == skipped
+    assert all(torch.isfinite(x).all() for x in final_state(out)["model"].values())
     kinds = {kind: sum(fault["kind"] == kind for fault in faults) for kind in ("loss", "gradient")}
-    figures("not finite", steps=steps, **kinds, images=seen, skipped=len(skipped), ranks=2, wrong=0)
+    figures("not_finite", steps=steps, **kinds, images=seen, skipped=len(skipped), ranks=2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -100,7 +103,7 @@ def test_enough_in_a_row_stop_every_rank_and_leave_the_checkpoint(place, tmp_pat
     again = start(place, tmp_path / "run", [], *more)
     assert again.returncode == 0 and "going on from step 5" in again.stdout
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [3]  # what followed the checkpoint was done again
-    figures(f"stopped by rank {rank}", in_a_row=3, from_checkpoint=5)
+    figures(f"stopped_by_rank_{rank}", in_a_row=3, from_checkpoint=5)
 
 
 def test_overflow_of_fp16_moves_the_scaler_alone(place, tmp_path, often, figures):
@@ -118,5 +121,40 @@ def test_overflow_of_fp16_moves_the_scaler_alone(place, tmp_path, often, figures
     before = {row["step"]: row["loss_scale"] for row in rows}
     follows = [row for row in skipped if row["step"] - 1 in before and row["step"] not in planted]
     assert all(row["loss_scale"] == before[row["step"] - 1] / 2 for row in follows)
+    assert unchanged(weights_of(tmp_path / "run", 0)) == [row["step"] for row in skipped]
     assert all(torch.isfinite(x).all() for x in final_state(tmp_path / "run")["model"].values())
-    figures("fp16 overflow", steps=steps, overflows=len(planted), skipped=len(skipped), warnings=0)
+    figures("fp16_overflow", steps=steps, overflows=len(planted), skipped=len(skipped))
+
+
+@pytest.mark.parametrize(
+    "ranks,overrides", [(2, []), (2, ["train.sharding=full"]), (1, ["train.precision=fp16", "train.batch_size=8"])]
+)
+def test_a_spike_sends_every_rank_back(place, tmp_path, ranks, overrides, often, figures):
+    """Of an image whose pixels are too bright wherever it is seen."""
+    if overrides and often(False, True):
+        return
+    make_pictures(tmp_path / "pictures", 39)
+    np.save(tmp_path / "pictures" / "bright.npy", np.full((96, 96, 3), 30.0, dtype=np.float32))
+    steps, out = often(120, 40), tmp_path / "run"
+    more = (f"data.source={tmp_path / 'pictures'}", "loss.norm_pix=false", "checkpoint.every=4", f"train.steps={steps}")
+    done = start(place, out, [], *more, *overrides, "train.spike_factor=3", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, state = metrics(out), final_state(out)
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert max(losses[20:]) < 3 * statistics.median(losses) and state["rollbacks"] >= 3
+    assert done.stdout.count("and on past the images of") == state["rollbacks"]
+    if ranks == 2 and not overrides:
+        assert weights_of(out, 0) == weights_of(out, 1)
+    name = f"spikes_on_{ranks}_ranks" + "".join(f"_{word.partition('=')[2]}" for word in overrides[:1])
+    figures(name, steps=steps, rollbacks=state["rollbacks"], steps_passed_over=state["ahead"])
+
+
+def weights_of(out: Path, rank: int) -> list[str]:
+    """Digests of a rank's weights before each forward pass and at the end."""
+    return json.loads((out / f"weights_{rank}.json").read_text())
+
+
+def unchanged(weights: list[str]) -> list[int]:
+    """The steps, from 1, that left the weights as they were."""
+    return [step for step, (before, after) in enumerate(itertools.pairwise(weights), 1) if before == after]

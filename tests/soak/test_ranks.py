@@ -25,6 +25,12 @@ pytestmark = pytest.mark.soak
 SEED = 0
 BOUND = 180  # seconds for a run to end after a fault, on a busy machine; half an hour is what ranks wait for another
 STEPS = 40
+HURRIED_RANKS = """import datetime, sys
+from fcmae import pretrain
+from fcmae.train import distributed
+distributed.PATIENCE = datetime.timedelta(seconds=15)
+sys.exit(pretrain.main())
+"""
 HURRIED = "import sys, fcmae.data.loader as l; l.PATIENCE = 15; import fcmae.pretrain as p; sys.exit(p.main())"
 
 
@@ -40,11 +46,14 @@ class Place:
         self._whole: dict[int, Path] = {}
 
     def start(self, out: Path, *settings: str, processes: int = 1, code: str | None = None) -> Started:
-        """A pretraining run, by torchrun if it has several processes."""
+        """A pretraining run, by torchrun if it has several processes. code: of a script in its place."""
         self.count += 1
         started = Started(self.folder / f"start{self.count}")
         started.folder.mkdir()
-        begin = ["-c", code] if code else ["-m", "fcmae.pretrain"]
+        begin = ["-m", "fcmae.pretrain"]
+        if code:
+            (started.folder / "script.py").write_text(code)
+            begin = [str(started.folder / "script.py")]
         if processes > 1:
             begin = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *begin]
         command = [sys.executable, *begin, *self.given, "checkpoint.every=3", f"out={out}", *settings]
@@ -202,6 +211,21 @@ def test_a_slow_rank_is_waited_for(place, tmp_path, often, figures):
     assert place.ended(started) == 0, started.errors()[-2000:]
     assert_same_run(out, place.whole(2))
     figures("slow_ranks", pauses=count, of_seconds="up to 5")
+
+
+def test_a_rank_that_hangs_is_given_up(place, tmp_path, often, figures):
+    rng, out = random.Random(f"{SEED} hung rank"), tmp_path / "out"
+    if not often(1, 0):
+        return
+    started = place.start(out, "data.workers=1", processes=2, code=HURRIED_RANKS)
+    steps_on(out, started, rng)
+    began = time.monotonic()
+    send(ranks(started.pid)[1], signal.SIGSTOP)
+    assert place.ended(started) != 0 and "other ranks cannot be reached" in started.errors(), started.errors()
+    took = time.monotonic() - began
+    check(out)
+    to_end(place, out, 2)
+    figures("hung_rank", patience_seconds=15, seconds_to_end=round(took, 1))
 
 
 def test_a_rank_that_dies_before_it_begins_ends_the_others_here(place, tmp_path, often, figures):
