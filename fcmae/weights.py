@@ -161,8 +161,13 @@ def _load(path: Path) -> dict:
     raise UsageError(f"{path} is a folder without checkpoints/, model.safetensors or pytorch_model.bin; name a file")
 
 
+def _is_archive(path: Path) -> bool:
+    with open(path, "rb") as file:  # as torch decides it; zipfile's own question raises of some damaged files
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _load_file(path: Path) -> dict:
-    if path.is_file() and zipfile.is_zipfile(path):
+    if path.is_file() and _is_archive(path):
         check_archive(path)
     return load_tensors(path)
 

@@ -66,6 +66,16 @@ def test_an_archive_that_claims_another_compression_is_refused_in_one_line(tmp_p
         assert "\n" not in str(caught.value)
 
 
+def test_an_archive_that_claims_several_disks_is_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.ones(100)}, path)
+    data = path.read_bytes()
+    at = data.rindex(b"PK\x06\x07") + 16  # the ZIP64 locator's number of disks
+    path.write_bytes(data[:at] + b"\7" + data[at + 1 :])
+    with pytest.raises(UsageError, match="x.pt is not a whole checkpoint"):
+        read_weights(path)
+
+
 def test_weights_of_a_run_whose_newest_checkpoint_is_damaged_say_so(tmp_path, capsys):
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)

@@ -164,6 +164,7 @@ def pretrain(draw: Callable, tiny: bool = False) -> dict[str, Any]:
     in_chans = 3 if tiny else draw(st.sampled_from([1, 3, 3, 3, 4, 13]))
     found = shared(draw, in_chans) | {"out": draw(text)} | some(
         draw, log__images=st.integers(0, 9), log__images_every=small, log__collapse_every=st.integers(0, 10**6),
+        train__spike_factor=st.one_of(st.none(), st.floats(1.01, 100)),
         data__crop=st.sampled_from(["random", "fixed", "center"]),
     )  # fmt: skip
     if in_chans in (1, 3):
@@ -247,10 +248,15 @@ def compare(draw: Callable, tiny: bool = False) -> dict[str, Any]:
     size, height, width = sides(draw, 32)
     found |= {"model.image_size": size} | mask(draw, height * width // 1024)
     found.setdefault("mask.ratio", 0.5)
-    found |= some(draw, loss__norm_pix=st.booleans(), arms_in_turn=st.booleans(), time_to_loss=small, data__flip=share,
-                  evaluate__images=st.integers(0, 9), evaluate__neighbours=counted, evaluate__temperature=small,
-                  evaluate__val_share=st.floats(0.1, 0.9), evaluate__decay=share, evaluate__batch_size=counted,
-                  evaluate__labelled_images=st.integers(2, 10**6), evaluate__distance_images=counted)  # fmt: skip
+    found |= some(
+        draw,
+        data__crop=st.sampled_from(["random", "fixed", "center"]), data__color_jitter=share, data__flip=share,
+        log__images=st.integers(0, 9), log__images_every=small, log__collapse_every=st.integers(0, 10**6),
+        loss__norm_pix=st.booleans(), arms_in_turn=st.booleans(), time_to_loss=small,
+        evaluate__images=st.integers(0, 9), evaluate__neighbours=counted, evaluate__temperature=small,
+        evaluate__val_share=st.floats(0.1, 0.9), evaluate__decay=share, evaluate__batch_size=counted,
+        evaluate__labelled_images=st.integers(2, 10**6), evaluate__distance_images=counted,
+    )  # fmt: skip
     for name in draw(st.sampled_from([("a", "b"), ("vit", "2nd", "c-d_e")])):
         own = convnet(draw, tiny) if draw(st.booleans()) else vit(draw, draw(st.sampled_from([8, 16, 32])), tiny)
         found |= {f"arms.{name}.{key}": value for key, value in own.items()}
@@ -319,7 +325,8 @@ OUT_OF_RANGE = {
     "train.base_lr": [-1.0, float("nan")], "train.lr": [-1e-3, float("inf")], "train.min_lr": [-1.0, 1e9],
     "train.warmup_epochs": [-1.0, 1e12], "train.weight_decay": [-0.1],
     "train.betas": [[0.9], [0.9, 1.0], [-0.1, 0.5], []], "train.clip_grad": [0.0, -1.0],
-    "train.precision": ["fp8", "float32"], "train.max_nonfinite": [0], "train.sharding": ["half"],
+    "train.precision": ["fp8", "float32"], "train.max_nonfinite": [0], "train.spike_factor": [1.0, -2.0],
+    "train.sharding": ["half"],
     "checkpoint.every": [0, -1], "checkpoint.keep_last": [0], "checkpoint.keep_every": [0], "log.every": [0],
     "log.print_every": [0], "log.images": [-1], "log.images_every": [0.0], "log.collapse_every": [-1],
     "model.pool": ["max"], "model.drop_path": [-0.1, 1.0], "model.head_init_scale": [-1.0],
