@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fcmae import config as settings
 from fcmae.errors import UsageError, one_line
@@ -35,9 +37,13 @@ def run_command(command: str, schema: type, run: Callable[..., int], argv: list[
         if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
             raise UsageError(f"name a config file first: python -m {command} CONFIG.yaml [key=value ...], or --help")
         config = settings.load(schema, arguments[0], arguments[1:])
+        _check_rates(config, arguments[1:])
         if find_place().rank == 0:
             print(*[f"{line}\n" for line in settings.repeats(arguments[1:])], sep="", end="", flush=True)
         return run(config)
+    except KeyboardInterrupt:  # before there is anything to save; training ends by itself
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (UsageError, OSError) as error:  # OSError: a full disk, a file that cannot be read
         told = error
     except RuntimeError as error:
@@ -48,6 +54,14 @@ def run_command(command: str, schema: type, run: Callable[..., int], argv: list[
     print(line, file=sys.stderr)
     _tell_torchrun(line)
     return getattr(told, "status", UsageError.status)
+
+
+def _check_rates(config: Any, words: list[str]) -> None:
+    given = [word for word in words if word.startswith("train.base_lr=")]
+    if given and config.train.lr is not None:
+        raise UsageError(
+            f"{given[-1]} has no effect while train.lr is {config.train.lr:g}; set that, or train.lr=null as well"
+        )
 
 
 def _lost(error: RuntimeError) -> UsageError | None:

@@ -115,8 +115,10 @@ def steps_of(
                 f"{found} has other frozen weights than init={config.init} gives ({moved[0]}); name the init that it "
                 f"began with, or start anew with another out=..."
             )
-        if not (folder.path / "best.safetensors").is_file():  # branched off: the best of this run is yet to come
+        lost = world.on_main(lambda: export.damage(folder.path / "best.safetensors"))
+        if lost is not None:  # or branched off: the best of this run is yet to come
             state.notes.pop("best", None)
+            warnings += [f"{lost}; the best weights from here on are kept"] * (found.parent == folder.checkpoints)
     first = state.progress.step
     if schedule.steps is not None and first > schedule.steps:
         raise UsageError(
@@ -179,6 +181,8 @@ def steps_of(
         points = {f"val/{k}_{n}": row[n][k] for n in row for k in ("top1", "balanced", "loss")}
         log.scalars({name: value for name, value in points.items() if value is not None}, step)
         log.say(f"step {step}: " + ", ".join(f"top-1 {100 * row[n]['top1']:.2f} % of the {n}" for n in row))
+        if unreadable := row["model"]["unreadable"]:
+            log.say(f"warning: {unreadable} of {len(labelled.val)} images of data.val are unreadable and left out")
         # The first of equals, so that a repeated run keeps the same.
         of = max(row, key=lambda name: row[name]["top1"])
         state.notes = {**state.notes, "latest": {**row, "step": step}}

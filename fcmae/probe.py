@@ -37,6 +37,7 @@ KNN_KEYS = ("probe.neighbours", "probe.temperature", "probe.decay")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input, 75 try again, 128 + n saved at signal n."""
     given = list(sys.argv[1:] if argv is None else argv)
+    given = [f"probe.mode={word[7:]}" if word.startswith("--mode=") else word for word in given]
     if "--mode" in given:
         at = given.index("--mode")
         given[at : at + 2] = [f"probe.mode={''.join(given[at + 1 : at + 2])}"]
@@ -140,6 +141,8 @@ def report_knn(config: ProbeConfig, labelled: Labelled, found: dict, device: tor
     write_json(folder.results, {**result, "temperature": config.probe.temperature, **rows})
     for name, row in rows.items():
         print(f"{name:>9}: top-1 {100 * row['top1']:.2f} %, balanced {100 * row['balanced']:.2f} %")
+    if unreadable:
+        print(f"warning: {unreadable} images are unreadable and left out")
     print(f"done: {folder.path}/results.json, curve.png; the features are kept in {folder.path}/features")
 
 

@@ -151,6 +151,16 @@ def test_a_loader_process_that_dies_or_hangs_ends_the_run_in_one_line(
     assert json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"] == line
 
 
+def test_ctrl_c_before_training_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+
+    def run(config):
+        raise KeyboardInterrupt
+
+    assert run_command("fcmae.pretrain", Config, run, [str(tmp_path / "config.yaml")]) == 130
+    assert capsys.readouterr().err == "fcmae.pretrain: interrupted\n"
+
+
 @pytest.mark.slow
 def test_a_rank_whose_other_never_begins_does_not_wait_long(tmp_path):
     code = """

@@ -86,6 +86,21 @@ def test_what_lies_between_the_last_checkpoint_and_the_results_is_made_again(who
     assert (out / "best.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
+def test_damaged_best_weights_are_said_and_made_anew(whole, tmp_path, capsys):
+    place, _ = whole
+    out = tmp_path / "d"
+    assert main(arguments(place, out, "checkpoint.every=5")) == 0
+    (out / "results.json").unlink()
+    sorted((out / "checkpoints").iterdir())[-1].unlink()
+    data = (out / "best.safetensors").read_bytes()
+    (out / "best.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    capsys.readouterr()
+    assert main(arguments(place, out, "checkpoint.every=5")) == 0
+    assert "best.safetensors is damaged" in capsys.readouterr().out
+    assert main([*arguments(place, tmp_path / "e", "--eval", init=None), f"init={out}"]) == 0
+
+
 def test_a_complete_run_is_left_alone(whole, capsys):
     place, done = whole
     before = {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file() and p.name != ".lock"}

@@ -83,6 +83,7 @@ CASES = [  # override, words of the message
     ("train.lr=abc", ["train.lr takes float | null, a number", 'got "abc"']),
     ("train.lr=???", ["train.lr is ???"]),
     ("data.source=", ["gives no value", "data.source takes str | null: folder"]),
+    ("train.lr=1e-3 train.base_lr=1e-4", ["train.base_lr=1e-4 has no effect", "train.lr=null"]),
     ("mask_ratio=0.5", ["unknown setting 'mask_ratio' (did you mean 'mask.ratio'?)"]),
     ("--train.batch-size=8", ["did you mean 'train.batch_size'?"]),
     ("data.source=t-000.tar data.source=t-001.tar", ["data.source is given twice in a row", "quotes"]),

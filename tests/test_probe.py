@@ -86,7 +86,7 @@ def test_the_curve_over_blocks(partial):
 
 def test_a_finished_probe_is_left_alone(place, partial):
     before = {p: p.stat().st_mtime_ns for p in partial.glob("blocks_*/[!.]*")}
-    given = arguments(place, partial, *LINEAR, "probe.blocks=[0,0.5,1,2,5]", "--mode", "partial")
+    given = arguments(place, partial, *LINEAR, "probe.blocks=[0,0.5,1,2,5]", "--mode=partial")
     assert main(given) == 0
     assert before == {p: p.stat().st_mtime_ns for p in partial.glob("blocks_*/[!.]*")}
 

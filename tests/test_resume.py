@@ -10,6 +10,7 @@ import torch
 from fcmae.files import write_whole
 from fcmae.schema import CheckpointConfig
 from fcmae.train import checkpoint
+from fcmae.train.run_folder import RunFolder
 from small_runs import CONFIG, assert_same_run, command, environment, final_state, make_pictures, metrics, run
 
 
@@ -23,6 +24,21 @@ def whole(tmp_path_factory):
     run(config, *settings, f"out={folder / 'whole'}")
     assert (folder / "whole" / "collapse.jsonl").read_text().count("\n") == 9  # after 0, 7, ..., 56 steps of 60
     return folder, config, settings
+
+
+def test_nothing_is_dropped_while_steps_are_skipped(tmp_path):
+    for step, in_a_row in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 0)):
+        checkpoint.save(tmp_path, {"step": step, "skipped_in_a_row": in_a_row}, CheckpointConfig(every=1, keep_last=2))
+        assert checkpoint.steps_in(tmp_path) == {1: [1], 2: [1, 2], 3: [1, 2, 3], 4: [1, 2, 3, 4], 5: [4, 5]}[step]
+
+
+def test_without_its_checkpoints_a_run_says_that_it_begins_anew(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    assert folder.find_checkpoint(None) == (None, [])
+    folder.metrics.write_text('{"step": 1}\n')
+    found, (warning,) = folder.find_checkpoint(None)
+    assert found is None and "begins anew" in warning
 
 
 def test_regular_checkpoints_come_before_those_that_a_signal_asked_for(tmp_path):

@@ -14,10 +14,12 @@ from fcmae.downstream.batch_norm import plain
 from fcmae.downstream.evaluation import Tally
 from fcmae.downstream.settings import DownstreamConfig, crop_pct, image_size
 from fcmae.downstream.start import Start
+from fcmae.errors import UsageError
 from fcmae.files import write_whole
 from fcmae.models.layers import LAYER_SCALE
 from fcmae.pictures import empty_figure
 from fcmae.train.rows import read_rows
+from fcmae.weights import load_tensors
 
 FORMAT = "fcmae-classifier-1"
 MOST_DRAWN = 1000  # classes of a confusion matrix
@@ -26,6 +28,18 @@ MOST_DRAWN = 1000  # classes of a confusion matrix
 def write_json(path: Path, found: dict) -> None:
     """Plain data as a file that is whole or not there."""
     write_whole(path, lambda file: file.write((json.dumps(found, indent=1, allow_nan=False) + "\n").encode()))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a written classifier; None if it is whole."""
+    try:
+        load_tensors(path)
+        json.loads(path.with_suffix(".json").read_text())
+    except UsageError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        return f"{path.with_suffix('.json')} is not readable: {error}"
+    return None
 
 
 def write_classifier(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fcmae.checksum import write_safetensors
 from fcmae.downstream import representation
@@ -73,6 +74,10 @@ def _extract(model: nn.Module, config: ProbeConfig, files: list[tuple[str, int]]
     """Encode this rank's share of the files; rank 0 puts all shares into their order and writes them."""
     encoder: Callable[[Tensor], Tensor] = partial(encode, model.eval(), config.model.pool)
     share = batches(config, files, world, worker_count(config.data.workers))
+    if world.is_main:
+        part = path.stem.partition("_")[0]
+        print(f"encoding {len(files)} images of data.{part}", flush=True)
+        share = tqdm(share, part, unit="batch", disable=None, dynamic_ncols=True)
     features, labels, unreadable = representation.features({"encoder": encoder}, share, world.device)
     mine = path.with_name(f".{path.stem}.rank{world.rank}.safetensors")
     counted = torch.tensor(unreadable)

@@ -46,7 +46,9 @@ class DownstreamData:
     interpolation: str = setting("bicubic", "bicubic or bilinear")
     mean: list[float] | None = setting(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
     std: list[float] | None = setting(None, "per channel; null: ImageNet for 3 channels, 0.5 otherwise")
-    max_bad_share: float = setting(0.01, "stop when more than this share of the images read was unreadable")
+    max_bad_share: float = setting(
+        0.01, "stop when more than this share of the training images read (of 1,000 at least) was unreadable"
+    )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 from fcmae.errors import UsageError
 from fcmae.train.run_folder import RunFolder
 
-HEAD = "| run | init | epochs | labels | top-1 | EMA top-1 | balanced | gain over scratch |"
+HEAD = "| run | init | epochs | labels | top-1 | EMA top-1 | balanced | gain over scratch, EMA if there is one |"
 
 
 def command(runs: list[str]) -> int:
@@ -49,12 +49,17 @@ def markdown(rows: list[dict]) -> str:
         if row["init"] is not None and same:
             gain = f"{100 * (top1(row) - sum(map(top1, same)) / len(same)):+.2f}"
         ema = f"{100 * row['ema']['top1']:.2f}" if row["ema"] else "–"
+        name = f"{row['run']} ({row['model'] or 'own size'}{_frozen(row)})"
         lines.append(
-            f"| {row['run']} ({row['model']}) | {row['init'] or 'scratch'} | {row['epochs']:g} | {row['fraction']:.0%} "
+            f"| {name} | {row['init'] or 'scratch'} | {row['epochs']:g} | {row['fraction']:.0%} "
             "| "
             f"{100 * row['last']['top1']:.2f} | {ema} | {100 * row['last']['balanced']:.2f} | {gain} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _frozen(row: dict) -> str:
+    return "" if row["blocks_trained"] is None else f", {row['blocks_trained']:g} blocks trained"
 
 
 _SAME = ("model", "train", "val", "fraction", "epochs", "blocks_trained")

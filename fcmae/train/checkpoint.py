@@ -31,8 +31,8 @@ def save(folder: Path, payload: dict, settings: CheckpointConfig) -> Path:
     """Write `payload` (tensors and plain data, with its "step") and drop old checkpoints.
 
     The newest `keep_last` stay, the newest `keep_last` of those taken every so many steps, so that one which a signal
-    asked for takes no other's place, and every `keep_every`-th of these. Files of later steps go: the run came back to
-    this step.
+    asked for takes no other's place, and every `keep_every`-th of these; all while steps are being skipped. Files of
+    later steps go: the run came back to this step.
     """
     step = payload["step"]
     path = path_of(folder, step)
@@ -40,6 +40,8 @@ def save(folder: Path, payload: dict, settings: CheckpointConfig) -> Path:
     found = [s for s in steps_in(folder) if s <= step]
     regular = [s for s in found if s % settings.every == 0]
     kept = {*found[-settings.keep_last :], *regular[-settings.keep_last :]}
+    if payload.get("skipped_in_a_row"):
+        kept |= set(found)  # what is wrong may have begun before them all
     if settings.keep_every is not None:
         kept |= {s for s in regular if s and s % (settings.every * settings.keep_every) == 0}
     drop(folder, lambda other: other not in kept)

@@ -52,7 +52,8 @@ def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, w
 def next_commands(config: Config, model: MaskedAutoencoder, folder: RunFolder) -> str:
     """What a user may type next."""
     python = interpreter()
-    lines = [f"done: {folder.path}", f"look:      {folder.path}/loss.png, {folder.pictures}/"]
+    pictures = f", {folder.pictures}/" if config.log.images else ""
+    lines = [f"done: {folder.path}", f"look:      {folder.path}/loss.png{pictures}"]
     if config.log.tensorboard:
         lines.append(f"           {python} -m tensorboard.main --logdir {folder.path / 'tensorboard'}")
     name, arguments = find_model(config.model.name).timm, model.timm_arguments()
@@ -65,6 +66,10 @@ def next_commands(config: Config, model: MaskedAutoencoder, folder: RunFolder) -
         more = "".join(f"{key}={value}, " for key, value in arguments.items())
         call = f"'{name}', num_classes=0, {more}checkpoint_path='{folder.encoder}'"
         lines.append(f'use it:    {python} -c "import timm; print(timm.create_model({call}).num_features)"')
-    recipe = f"configs/pretrain/{config.model.name}.yaml data.source=DIR out=runs/{config.model.name.split('_', 1)[1]}"
-    lines.append(f"your data: {python} -m fcmae.pretrain {recipe}")
+    if config.data.source == "sample":
+        recipe = f"configs/pretrain/{config.model.name}.yaml data.source=DIR"
+        lines.append(f"your data: {python} -m fcmae.pretrain {recipe} out=runs/{config.model.name.split('_', 1)[1]}")
+    elif arguments is not None:
+        given = f"init={folder.path} data.train=DIR data.val=DIR"
+        lines.append(f"measure:   {python} -m fcmae.probe configs/probe/knn.yaml --mode knn {given}")
     return "\n".join(lines)

@@ -39,7 +39,8 @@ def note_skipped(state: TrainState, overflow: bool, names: list[str], limit: int
     where = f"gradient not finite at step {progress.step}, first in {layer}; {images}"
     if stop:
         raise UsageError(
-            f"{where}; {limit} steps in a row were skipped, the last checkpoint is intact: lower train.base_lr, set "
-            f"train.clip_grad, or use train.precision=bf16 or fp32"
+            f"{where}; {limit} steps in a row were skipped, the last checkpoint is intact: from one that is older than "
+            f"what went wrong branch off, resume=CHECKPOINT out=NEW, with a lower learning rate, train.clip_grad, or "
+            f"train.precision=bf16 or fp32"
         )
     log.say(f"warning: {where}; step skipped, {progress.skipped} so far")

@@ -137,6 +137,8 @@ class RunFolder:
         """
         path, unreadable = checkpoint.find_newest(self.checkpoints)
         warnings = [f"{line}; falling back to the checkpoint before" for line in unreadable]
+        if path is None and resume is None and self.metrics.is_file() and self.metrics.stat().st_size:
+            warnings.append(f"{self.checkpoints} has no checkpoint: the run begins anew, as does {self.metrics.name}")
         if resume is not None and path is None:
             if not Path(resume).is_file():
                 raise UsageError(f"resume={resume}: no such checkpoint file")

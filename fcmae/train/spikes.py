@@ -57,7 +57,8 @@ class SpikeGuard:
         if here.tries > TRIES:
             raise UsageError(
                 f"{spike}; the run went back to its checkpoint of step {here.step} {TRIES} times and got no further: "
-                f"lower train.base_lr, set train.clip_grad, or raise train.spike_factor"
+                f"raise train.spike_factor, or branch off, resume=CHECKPOINT out=NEW, with a lower learning rate or "
+                f"train.clip_grad"
             )
         passed = spiked.step + 1 - here.step
         here.ahead, here.rollbacks = spiked.ahead + passed, spiked.rollbacks + 1
