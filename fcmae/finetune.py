@@ -14,7 +14,6 @@ from typing import IO
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fcmae.cli import run_command
 from fcmae.data import LabelledImages, SampleStream, make_loader
@@ -155,7 +154,7 @@ def steps_of(
     pin = config.data.pin_memory and world.device.type == "cuda"
     loader = make_loader(dataset, stream, workers, config.data.prefetch, pin_memory=pin)
     if world.size > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+        forward = distributed.replicated(forward)
     criterion = objective(config, len(classes))
 
     def begin(step: int) -> None:

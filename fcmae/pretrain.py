@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from fcmae import config as settings
@@ -118,7 +117,7 @@ def steps_of(
     lines = [*(f"warning: {line}" for line in warnings), *filter(None, (beginning, fitted))]
     pin = config.data.pin_memory and world.device.type == "cuda"
     if world.size > 1 and not sharded:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)  # every rank has them already
+        forward = distributed.replicated(forward)
 
     def batches() -> DataLoader:
         """From where the run is to its end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fcmae import config as settings
 from fcmae.errors import UsageError
@@ -153,6 +156,14 @@ def joined(config: Any) -> Iterator[World]:
     yield World(place.rank, place.size, device)
     dist.barrier()  # a launcher takes the first that leaves for a sign to end the others
     dist.destroy_process_group()
+
+
+def replicated(model: nn.Module) -> DistributedDataParallel:
+    """The model with its gradients averaged over the ranks. Its buffers stay as they are: every rank has the same."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    # The new name, from torch 2.13 on, for what torch then warns of under the old one.
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, **{name: False})
 
 
 def _follow(launcher: int) -> None:
