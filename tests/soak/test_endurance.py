@@ -62,7 +62,8 @@ def test_a_long_run_does_not_grow(tmp_path, often, figures):
         key = name.replace(" ", "_")
         counted[f"{key}_mib"] = f"{before[0]:.1f} to {after[0]:.1f}"
         counted[f"{key}_handles"], counted[f"{key}_threads"] = f"{before[1]:g} to {after[1]:g}", f"{after[2]:g}"
-        assert after[0] - before[0] <= GROWTH, f"{name} grew from {before[0]} to {after[0]} MiB"
+        growth = often(GROWTH, 3 * GROWTH)  # what a few hundred steps begin with
+        assert after[0] - before[0] <= growth, f"{name} grew from {before[0]} to {after[0]} MiB"
         assert after[1] <= before[1] and after[2] <= before[2], f"{name}: handles, threads {before[1:]} to {after[1:]}"
     figures("endurance", **counted)
 

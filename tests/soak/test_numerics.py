@@ -156,5 +156,5 @@ def weights_of(out: Path, rank: int) -> list[str]:
 
 
 def unchanged(weights: list[str]) -> list[int]:
-    """The steps, from 1, that left the weights as they were."""
-    return [step for step, (before, after) in enumerate(itertools.pairwise(weights), 1) if before == after]
+    """The steps that left the weights as they were, but for the first, whose learning rate is 0."""
+    return [step for step, (before, after) in enumerate(itertools.pairwise(weights), 1) if before == after and step > 1]
