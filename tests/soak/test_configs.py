@@ -153,7 +153,7 @@ def test_what_is_valid_starts(command, place, tmp_path, monkeypatch, often, figu
     short = often(False, True)
 
     @seed(SEED)
-    @examples(often(400, 6), short)
+    @examples(often(400, 4), short)
     @given(st.data())
     def check(data):
         found = data.draw(VALID[command]()) | sources(command, place)
@@ -177,7 +177,7 @@ def test_what_is_invalid_is_one_line(command, place, tmp_path, monkeypatch, ofte
     short, out = often(False, True), tmp_path / "out"
 
     @seed(SEED)
-    @examples(often(800, 16), short)
+    @examples(often(800, 12), short)
     @given(st.data())
     def check(data):
         found, behind, names = data.draw(made_settings.broken(command))

@@ -32,7 +32,7 @@ SETTINGS = ["train.batch_size=2", "data.workers=2", "log.images=2", "log.tensorb
 
 
 def test_a_long_run_does_not_grow(tmp_path, often, figures):
-    steps, out = often(20_000, 600), tmp_path / "out"
+    steps, out = often(20_000, 300), tmp_path / "out"
     every, epoch = steps // 100, 40 // 2
     own = [f"train.steps={steps}", f"checkpoint.every={every}", f"log.collapse_every={every}",
            f"log.images_every={steps / 20 / epoch}"]  # fmt: skip
