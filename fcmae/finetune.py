@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fcmae.cli import run_command
-from fcmae.data import LabelledImages, SampleStream, make_loader
+from fcmae.data import LabelledImages
 from fcmae.downstream import checks, export, groups, table
 from fcmae.downstream.augment import objective, seed_step, training_transform
 from fcmae.downstream.batch_norm import average_statistics, normalize_features
@@ -30,7 +30,7 @@ from fcmae.downstream.settings import DownstreamConfig, FinetuneConfig, branch_k
 from fcmae.downstream.start import Start, build, find_start
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
-from fcmae.pretrain import compiled, worker_count
+from fcmae.pretrain import compiled, rest_of, worker_count
 from fcmae.train import checkpoint, distributed, loop, optim
 from fcmae.train.log import Log, MetricsFile
 from fcmae.train.run_folder import RunFolder
@@ -141,18 +141,7 @@ def steps_of(
     if first:
         log.say(f"going on from step {first} of {schedule.goal}")
 
-    stream = SampleStream(
-        len(dataset),
-        batch_size=schedule.batch_size,
-        accum_steps=schedule.accum_steps,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.seed,
-        start_step=first,
-        end_step=sys.maxsize if schedule.steps is None else schedule.steps,
-    )
-    pin = config.data.pin_memory and world.device.type == "cuda"
-    loader = make_loader(dataset, stream, workers, config.data.prefetch, pin_memory=pin)
+    loader = rest_of(dataset, config, schedule, world, state.progress)
     if world.size > 1:
         forward = distributed.replicated(forward)
     criterion = objective(config, len(classes))

@@ -20,6 +20,7 @@ from fcmae import pictures
 from fcmae.analysis.collapse import CollapseWatch
 from fcmae.cli import run_command
 from fcmae.data import MaskedImages, SampleStream, make_loader, open_source
+from fcmae.data.dataset import KeyedImages
 from fcmae.data.transforms import make_transform, stats
 from fcmae.errors import UsageError
 from fcmae.masking import draw_mask, grid_size
@@ -31,8 +32,9 @@ from fcmae.train.head import describe_run, next_commands
 from fcmae.train.init import start_from
 from fcmae.train.log import Log
 from fcmae.train.place import find_place
+from fcmae.train.run_config import RunConfig
 from fcmae.train.run_folder import RunFolder
-from fcmae.train.schedule import make_schedule
+from fcmae.train.schedule import Schedule, make_schedule
 from fcmae.train.spikes import Spike, SpikeGuard
 from fcmae.train.state import Progress, TrainState
 from fcmae.train.target import fit_target
@@ -115,23 +117,8 @@ def steps_of(
     if world.is_main:
         print(*[f"arm {label}:"] * bool(label), describe_run(config, model, schedule, world), sep="\n", flush=True)
     lines = [*(f"warning: {line}" for line in warnings), *filter(None, (beginning, fitted))]
-    pin = config.data.pin_memory and world.device.type == "cuda"
     if world.size > 1 and not sharded:
         forward = distributed.replicated(forward)
-
-    def batches() -> DataLoader:
-        """From where the run is to its end."""
-        stream = SampleStream(
-            len(dataset),
-            batch_size=schedule.batch_size,
-            accum_steps=schedule.accum_steps,
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.seed,
-            start_step=state.progress.step + state.progress.ahead,
-            end_step=sys.maxsize if schedule.steps is None else schedule.steps + state.progress.ahead,
-        )
-        return make_loader(dataset, stream, workers, config.data.prefetch, pin_memory=pin)
 
     def write_checkpoint(payload: dict) -> None:
         log.sync()
@@ -177,8 +164,9 @@ def steps_of(
                 save()  # something to go back to
                 to_save = False
             ended_by = yield from loop.train(
-                state, forward, batches(), schedule, config, world, log, hooks, stop, in_turn=bool(label)
-            )
+                state, forward, rest_of(dataset, config, schedule, world, state.progress), schedule, config, world, log,
+                hooks, stop, in_turn=bool(label),
+            )  # fmt: skip
             if not ended_by:
                 begin(state.progress.step)  # what the last step left
             break
@@ -227,6 +215,24 @@ def build_dataset(config: Config, model: MaskedAutoencoder) -> MaskedImages:
     )
     dataset[(0, 0)]  # a source of which nothing can be read is refused now, not in the middle of a run
     return dataset
+
+
+def rest_of(
+    dataset: KeyedImages, config: RunConfig, schedule: Schedule, world: distributed.World, progress: Progress
+) -> DataLoader:
+    """This rank's batches from where a run is to its end."""
+    stream = SampleStream(
+        len(dataset),
+        batch_size=schedule.batch_size,
+        accum_steps=schedule.accum_steps,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        start_step=progress.step + progress.ahead,
+        end_step=sys.maxsize if schedule.steps is None else schedule.steps + progress.ahead,
+    )
+    pin = config.data.pin_memory and world.device.type == "cuda"
+    return make_loader(dataset, stream, worker_count(config.data.workers), config.data.prefetch, pin_memory=pin)
 
 
 def worker_count(wanted: int) -> int:

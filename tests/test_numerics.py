@@ -33,6 +33,17 @@ def arguments(place, out, *overrides):
     return [str(place / "config.yaml"), f"data.source={place / 'pictures'}", f"out={out}", *overrides]
 
 
+def stop_at(step, given):
+    """A run that is told to end when it has made so many steps: it makes one more and saves."""
+    config = settings.load(Config, given[0], given[1:])
+    checks.check(config)
+    family.fill(config)
+    stop = StopSignal()
+    for progress in steps_of(config, World(0, 1, torch.device("cpu")), stop):
+        if progress.step == step:
+            stop.received = 15
+
+
 @pytest.fixture(scope="module")
 def guarded(place):
     assert main(arguments(place, place / "guarded", "train.spike_factor=3", "train.steps=40")) == 0
@@ -60,13 +71,7 @@ def test_a_spike_sends_the_run_back_and_past_its_images(guarded):
 @pytest.mark.parametrize("stopped_at", [22, 30])
 def test_stopped_and_continued_it_goes_back_at_the_same_steps(place, guarded, tmp_path, stopped_at):
     out, overrides = tmp_path / "run", ("train.spike_factor=3", "train.steps=40")
-    config = settings.load(Config, *(lambda a: (a[0], a[1:]))(arguments(place, out, *overrides)))
-    checks.check(config)
-    family.fill(config)
-    stop = StopSignal()
-    for progress in steps_of(config, World(0, 1, torch.device("cpu")), stop):
-        if progress.step == stopped_at:
-            stop.received = 15
+    stop_at(stopped_at, arguments(place, out, *overrides))
     assert main(arguments(place, out, *overrides)) == 0
     assert_same_run(out, guarded)
     assert final_state(out)["ahead"] == final_state(guarded)["ahead"]
@@ -75,13 +80,7 @@ def test_stopped_and_continued_it_goes_back_at_the_same_steps(place, guarded, tm
 @pytest.mark.parametrize("branch", [False, True])
 def test_it_goes_back_to_what_a_signal_saved_where_there_is_nothing_else(place, tmp_path, capsys, branch):
     out, overrides = tmp_path / "run", ("train.steps=40", "checkpoint.every=1000")
-    config = settings.load(Config, *(lambda a: (a[0], a[1:]))(arguments(place, out, *overrides)))
-    checks.check(config)
-    family.fill(config)
-    stop = StopSignal()
-    for progress in steps_of(config, World(0, 1, torch.device("cpu")), stop):
-        if progress.step == 6:
-            stop.received = 15
+    stop_at(6, arguments(place, out, *overrides))
     if branch:
         (out / "checkpoints" / "step_000000007.pt").rename(tmp_path / "seven.pt")
         out = tmp_path / "branch"
