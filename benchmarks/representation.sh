@@ -53,7 +53,7 @@ measure() {  # measure FOLDER SEED DECAY key=value...: kNN, probe and fine-tunin
         "${labelled[@]}" "train.epochs=$probed" "train.warmup_epochs=$(warm "$probed")" "train.batch_size=$(small "$batch" 64)"
     run "$folder/finetune" results.json fcmae.finetune "$configs/finetune/small.yaml" "seed=$seed" "$@" \
         "${labelled[@]}" "train.epochs=$tuned" "train.warmup_epochs=$(warm "$tuned")" "train.batch_size=$(small "$batch" 64)" \
-        "train.layer_decay=$decay"
+        "train.layer_decay=$decay" "eval.every=$tuned"  # the table reads the end alone
 }
 
 for seed in $seeds; do

@@ -39,7 +39,7 @@ def whole(place):
 
 def test_a_run_learns(place, tmp_path, capsys):
     """Shapes are told apart far better than by chance, by the weights it calls best."""
-    more = ("train.steps=120", "train.lr=1e-2", "eval.every=5", "ema.enabled=false", "train.layer_decay=null")
+    more = ("train.steps=240", "train.lr=1e-2", "eval.every=5", "ema.enabled=false", "train.layer_decay=null")
     more += ("data.crop_scale=[0.7,1]", "train.label_smoothing=0", "data.flip=0", "log.print_every=1000")
     assert main(arguments(place, tmp_path / "run", *PLAIN, *more)) == 0
     rows = metrics(tmp_path / "run")
