@@ -17,6 +17,7 @@ from timing import arguments, interleaved, machine, markdown, summary
 from train_step import DTYPES, bare_matmuls, encoder_step
 
 from fcmae import create_model
+from fcmae.errors import UsageError
 from fcmae.masking import keep_count, mask_from_noise
 from fcmae.models.support import BACKENDS
 
@@ -33,7 +34,10 @@ def main() -> None:
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
     steps, shares = {}, {}
     for ratio in args.ratios:
-        keep = keep_count(side * side, ratio)
+        try:
+            keep = keep_count(side * side, ratio)
+        except UsageError as error:
+            parser.error(str(error))
         mask = mask_from_noise(torch.rand(args.batch_size, side, side), keep).to(device)
         tiles, dtype = model.tiles(images, mask), DTYPES[args.dtype]
         native, reference = (

@@ -1,6 +1,8 @@
-"""`python -m fcmae` names the commands."""
+"""`python -m fcmae` names the commands; `--version` the version."""
 
 import sys
+
+from fcmae import __version__
 
 COMMANDS = {
     "fcmae.pretrain": "pretrain a masked autoencoder: CONFIG.yaml [key=value ...]",
@@ -13,6 +15,9 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--version"]:
+        print(__version__)
+        sys.exit()
     wide = max(map(len, COMMANDS))
     for name, what in COMMANDS.items():
         print(f"python -m {name:<{wide}}  {what}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -18,10 +19,18 @@ from fcmae.errors import UsageError, one_line
 from fcmae.train.place import find_place, rank_label
 
 
-def interpreter() -> str:
-    """How to name this Python on a command line."""
+def command_line(*words: object) -> str:
+    """What to type for this Python to be given these words: quoted where a shell would read something else."""
     on_path = shutil.which("python")
-    return "python" if on_path and os.path.samefile(on_path, sys.executable) else os.path.relpath(sys.executable)
+    python = "python" if on_path and os.path.samefile(on_path, sys.executable) else os.path.relpath(sys.executable)
+    return shlex.join([python, *map(str, words)])
+
+
+def timm_call(name: str, arguments: dict[str, object], weights: Path) -> str:
+    """The call that gives timm's model of these weights; no single quotes, so that a command line of it can be read."""
+    given = {**arguments, "checkpoint_path": str(weights)}
+    said = [f"{key}={json.dumps(value) if isinstance(value, str) else value}" for key, value in given.items()]
+    return f'timm.create_model("{name}", {", ".join(said)})'
 
 
 def run_command(command: str, schema: type, run: Callable[..., int], argv: list[str] | None = None) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -55,6 +57,13 @@ def run(config: Path, *overrides: str, processes: int = 1) -> subprocess.Complet
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def printed_model(said: str) -> torch.nn.Module:
+    """timm's model by the line at a run's end that says how to use it, read as a shell reads it."""
+    [line] = [line for line in said.splitlines() if line.startswith("use it:")]
+    code = shlex.split(line)[-1].removeprefix("import timm; ")
+    return eval(code.removeprefix("print(").removesuffix(".num_features)"), {"timm": timm}).eval()
 
 
 def metrics(out: Path) -> list[dict]:

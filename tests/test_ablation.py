@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -22,7 +21,7 @@ from fcmae.schema import Config
 from fcmae.train.checks import check
 from fcmae.train.schedule import make_schedule
 from helpers import close, shake
-from small_runs import CONFIG, assert_same_run, final_state, make_pictures, metrics, run
+from small_runs import CONFIG, assert_same_run, final_state, make_pictures, metrics, printed_model, run
 
 FILES = sorted((Path(__file__).parent.parent / "configs" / "ablation").glob("*.yaml"))
 MAE_CONFIG = """
@@ -249,8 +248,7 @@ def test_v1_by_the_printed_command(tmp_path, pictures, capsys):
     (tmp_path / "c.yaml").write_text(CONFIG.replace("depths: [1, 1, 1, 1], dims: [8, 12, 16, 24],", ""))
     short = [f"data.source={pictures}", "train.steps=1", "train.warmup_epochs=0", f"out={tmp_path / 'run'}"]
     assert main([str(tmp_path / "c.yaml"), *short, "model.norm=none"]) == 0
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("use it:")]
-    model = eval(line.split("print(")[1].removesuffix('.num_features)"'), {"timm": timm}).eval()
+    model = printed_model(capsys.readouterr().out)
     ours = build_model(settings.load(Config, tmp_path / "run" / "config.yaml", []))
     ours.load_state_dict(read_checkpoint(tmp_path / "run"), strict=True)
     x = torch.randn(2, 3, 64, 96)

@@ -22,7 +22,7 @@ from labelled_runs import (
     start,
     validations,
 )
-from small_runs import final_state, metrics
+from small_runs import final_state, metrics, printed_model
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,11 @@ VIT = "vit_tiny_patch16_224"
 @pytest.mark.parametrize(
     "name,pool", [("convnextv2_atto", "avg"), (VIT, "avg"), pytest.param(VIT, "token", marks=pytest.mark.slow)]
 )
-def test_timm_gives_the_same_accuracy(place, tmp_path, name, pool):
+def test_timm_gives_the_same_accuracy(place, tmp_path, name, pool, capsys):
     out = tmp_path / "run"
     more = ("train.steps=8", "train.warmup_epochs=0", f"model.name={name}", f"model.pool={pool}", "eval.every=100")
     assert main(arguments(place, out, *more, init=None)) == 0
+    assert type(printed_model(capsys.readouterr().out)) is type(timm.create_model(name))
     about = json.loads((out / "last.json").read_text())
     model = timm.create_model(about["model"], checkpoint_path=str(out / "last.safetensors"), **about["timm"]).eval()
     parts = open_parts(f"{place}/shapes/train", f"{place}/shapes/val", 3, 1.0, 0)

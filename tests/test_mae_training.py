@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
@@ -14,7 +13,7 @@ from fcmae.pretrain import build_dataset, build_model, main
 from fcmae.schema import Config
 from fcmae.train import checks, optim
 from helpers import close, masks
-from small_runs import assert_same_run, final_state, make_pictures, metrics
+from small_runs import assert_same_run, final_state, make_pictures, metrics, printed_model
 
 CONFIG = """
 model: {name: mae_vit_tiny_patch16, image_size: 64, decoder_dim: 32, decoder_depth: 1, decoder_heads: 2}
@@ -73,14 +72,13 @@ def test_the_loss_falls(place, tmp_path):
 
 def test_what_a_run_leaves(place, tmp_path, capsys):
     """A real size on rectangles: the encoder goes into timm by the printed command and gives the run's features."""
-    out = tmp_path / "run"
+    out = tmp_path / "a run's folder"
     shape = ["model.image_size=[32,64]", "model.decoder_dim=128"]
     train(place, out, *shape, "train.steps=2", "train.warmup_epochs=0", "log.images=2")
     said = capsys.readouterr().out
     assert "scaled_dot_product_attention" in said and "2 of 2 x 4 = 8 regions of 16 px stay visible" in said
     assert "5.8 M parameters of which the encoder 5.5 M" in said
-    [line] = [line for line in said.splitlines() if line.startswith("use it:")]
-    vit = eval(line.split("print(")[1].removesuffix('.num_features)"'), {"timm": timm}).eval()
+    vit = printed_model(said)
     checkpoint = next((out / "checkpoints").iterdir())
     model = build_model(configured(place, *shape))
     model.load_state_dict(read_checkpoint(checkpoint), strict=True)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import fcmae
 from fcmae.pretrain import main
 from small_runs import CONFIG, make_pictures, run
 
@@ -141,6 +142,8 @@ def test_the_package_names_its_commands():
     assert shown.returncode == 0 and "python -m fcmae.pretrain" in shown.stdout and not shown.stderr
     wrong = subprocess.run([*command, "pretrian"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "'pretrian' follows no command" in wrong.stderr
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    assert version.returncode == 0 and version.stdout.strip() == fcmae.__version__
 
 
 class Payload:

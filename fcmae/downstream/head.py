@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fcmae
-from fcmae.cli import interpreter
+from fcmae.cli import command_line, timm_call
 from fcmae.downstream.groups import scheme_of
 from fcmae.downstream.labelled import Labelled
 from fcmae.downstream.settings import DownstreamConfig, image_size
@@ -55,7 +55,6 @@ def describe_run(
 
 def next_commands(config: DownstreamConfig, folder: RunFolder) -> str:
     """The result and what a user may type next."""
-    python = interpreter()
     found = json.loads(folder.results.read_text())
     ema = f", {100 * found['ema']['top1']:.2f} % of the average" if found["ema"] else ""
     best, out = found["best"], folder.path
@@ -66,9 +65,8 @@ def next_commands(config: DownstreamConfig, folder: RunFolder) -> str:
     ]
     if found["model"]:
         arguments = json.loads((out / "best.json").read_text())["timm"]
-        said = "".join(f"{key}={value!r}, " for key, value in arguments.items())
-        call = f"timm.create_model('{found['model']}', {said}checkpoint_path='{out}/best.safetensors')"
-        lines.append(f'use it:    {python} -c "import timm; {call}"')
+        call = timm_call(found["model"], arguments, out / "best.safetensors")
+        lines.append(f"use it:    {command_line('-c', f'import timm; {call}')}")
     if found["blocks_trained"] is None:
-        lines.append(f"compare:   {python} -m fcmae.finetune --table {out} OTHER_RUN")
+        lines.append(f"compare:   {command_line('-m', 'fcmae.finetune', '--table', out)} OTHER_RUN")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import timm
 import torch
 
 import fcmae
-from fcmae.cli import interpreter
+from fcmae.cli import command_line, timm_call
 from fcmae.masking import grid_size, keep_count
 from fcmae.models import find_model
 from fcmae.models.autoencoder import MaskedAutoencoder
@@ -51,11 +51,10 @@ def describe_run(config: Config, model: MaskedAutoencoder, schedule: Schedule, w
 
 def next_commands(config: Config, model: MaskedAutoencoder, folder: RunFolder) -> str:
     """What a user may type next."""
-    python = interpreter()
     pictures = f", {folder.pictures}/" if config.log.images else ""
     lines = [f"done: {folder.path}", f"look:      {folder.path}/loss.png{pictures}"]
     if config.log.tensorboard:
-        lines.append(f"           {python} -m tensorboard.main --logdir {folder.path / 'tensorboard'}")
+        lines.append(f"           {command_line('-m', 'tensorboard.main', '--logdir', folder.path / 'tensorboard')}")
     name, arguments = find_model(config.model.name).timm, model.timm_arguments()
     if arguments is None:
         lines.append(
@@ -63,13 +62,12 @@ def next_commands(config: Config, model: MaskedAutoencoder, folder: RunFolder) -
             f"init={folder.encoder} or fcmae.convert.read_checkpoint"
         )
     elif timm.is_model(name) and family.is_named_size(config):
-        more = "".join(f"{key}={value}, " for key, value in arguments.items())
-        call = f"'{name}', num_classes=0, {more}checkpoint_path='{folder.encoder}'"
-        lines.append(f'use it:    {python} -c "import timm; print(timm.create_model({call}).num_features)"')
+        call = timm_call(name, {"num_classes": 0, **arguments}, folder.encoder)
+        lines.append(f"use it:    {command_line('-c', f'import timm; print({call}.num_features)')}")
     if config.data.source == "sample":
-        recipe = f"configs/pretrain/{config.model.name}.yaml data.source=DIR"
-        lines.append(f"your data: {python} -m fcmae.pretrain {recipe} out=runs/{config.model.name.split('_', 1)[1]}")
+        recipe, out = f"configs/pretrain/{config.model.name}.yaml", f"out=runs/{config.model.name.split('_', 1)[1]}"
+        lines.append(f"your data: {command_line('-m', 'fcmae.pretrain', recipe, 'data.source=DIR', out)}")
     elif arguments is not None:
-        given = f"init={folder.path} data.train=DIR data.val=DIR"
-        lines.append(f"measure:   {python} -m fcmae.probe configs/probe/knn.yaml --mode knn {given}")
+        probe = command_line("-m", "fcmae.probe", "configs/probe/knn.yaml", "--mode", "knn", f"init={folder.path}")
+        lines.append(f"measure:   {probe} data.train=DIR data.val=DIR")
     return "\n".join(lines)
