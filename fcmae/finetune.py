@@ -8,7 +8,7 @@ which learning rates -> run folder -> training loop with validations -> classifi
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO
 
@@ -61,19 +61,27 @@ def finetune(config: FinetuneConfig) -> int:
 
 
 def train_to_end(
-    config: DownstreamConfig, world: distributed.World, stop: loop.StopSignal, blocks: float | None = None
+    config: DownstreamConfig,
+    world: distributed.World,
+    stop: loop.StopSignal,
+    blocks: float | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> int:
     """A run of `steps_of` from here to its end: the exit status."""
-    return loop.to_end(steps_of(config, world, stop, blocks), stop)
+    return loop.to_end(steps_of(config, world, stop, blocks, before_writing), stop)
 
 
 def steps_of(
-    config: DownstreamConfig, world: distributed.World, stop: loop.StopSignal, blocks: float | None = None
+    config: DownstreamConfig,
+    world: distributed.World,
+    stop: loop.StopSignal,
+    blocks: float | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> Generator[Progress, None, int]:
     """A run, one optimizer step for each value asked for, which is its progress; it returns the exit status of `main`.
 
     config: checked. blocks: how many of the last blocks are trained, 0 the classifier alone, None everything.
-    Raises UsageError for bad input.
+    before_writing: called on rank 0 when everything has been checked. Raises UsageError for bad input.
     """
     torch.manual_seed(config.seed)
     if world.device.type == "cuda":
@@ -131,7 +139,12 @@ def steps_of(
             print(f"{folder.path} is complete at step {first}; out=... starts another run")
         return 0
     forward: nn.Module = compiled(model, world.device) if config.train.compile else model
-    world.on_main(lambda: held.append(claim(folder, config, classes, parts, held[0])))
+
+    def take() -> None:
+        before_writing()
+        held.append(claim(folder, config, classes, parts, held[0]))
+
+    world.on_main(take)
     if world.is_main:
         print(describe_run(config, start, model, labelled, schedule, world, parts), flush=True)
     log = Log(folder, config.log, state.progress, schedule, world.is_main, "")

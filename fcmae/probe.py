@@ -66,17 +66,27 @@ def trained(config: ProbeConfig, world: distributed.World) -> int:
     for count in config.probe.blocks:
         last_blocks(spec, count)  # whether there are so many
     folder = RunFolder(Path(config.out), (*free_keys(config), "probe.blocks"), ())
-    held: list = []
-    world.on_main(lambda: held.append(claim(folder, config)))
+    held: list = []  # the folder's lock, until this function ends
+
+    def look() -> None:
+        held.append(folder.hold())
+        folder.check(config)
+
+    def take() -> None:
+        if len(held) == 1:
+            held.append(folder.claim(config, held[0], new=held[0] is None))
+
+    world.on_main(look)
     stop = StopSignal()
     for count in config.probe.blocks:
         run = copy.deepcopy(config)
         run.probe.blocks, run.out = [count], f"{config.out}/blocks_{count:g}"
         if world.is_main:
             print(f"--- {count:g} of the last blocks trained", flush=True)
-        status = train_to_end(run, world, stop, count)
+        status = train_to_end(run, world, stop, count, take)
         if status:
             return status
+    world.on_main(take)
     world.on_main(lambda: report_partial(config, folder))
     return 0
 

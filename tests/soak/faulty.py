@@ -58,7 +58,7 @@ class Faults:
         fault = self.at.get(self.step, {})
         if fault.get("kind") != "gradient" or fault["layer"] != name:
             return gradient
-        gradient = gradient.clone()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         gradient.view(-1)[-1] = float("inf")
         return gradient
 
@@ -85,8 +85,10 @@ def digest(model: nn.Module) -> str:
     """SHA-256 of a model's parameters, of this rank's part of them where they are spread."""
     found = hashlib.sha256()
     for x in model.parameters():
-        x = x.detach()
-        found.update(getattr(x, "_local_tensor", x).cpu().numpy().tobytes())
+        x = getattr(x.detach(), "_local_tensor", x.detach())
+        found.update(
+            x.clone().cpu().numpy().tobytes()
+        )  # a copy: what NumPy has seen, torch does not resize, as FSDP does
     return found.hexdigest()
 
 

@@ -140,8 +140,8 @@ def test_a_spike_sends_every_rank_back(place, tmp_path, ranks, overrides, often,
     done = start(place, out, [], *more, *overrides, "train.spike_factor=3", ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     rows, state = metrics(out), final_state(out)
-    losses = [row["loss"] for row in rows if row["loss"] is not None]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    losses = [row["loss"] for row in rows if not row.get("skipped")]  # a step that overflows fp16 is not made anyway
     assert max(losses[20:]) < 3 * statistics.median(losses) and state["rollbacks"] >= 3
     assert done.stdout.count("and on past the images of") == state["rollbacks"]
     if ranks == 2 and not overrides:
