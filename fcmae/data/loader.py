@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from fcmae.data.dataset import KeyedImages
 from fcmae.errors import UsageError
 
 # Seconds without a batch after which loader processes are taken to hang: as long as ranks wait for each other
-# (fcmae/train/distributed.py), so that storage may be away for a while. One that dies is noticed at once.
+# (fcmae/train/distributed.py), so that storage may be away for a while.
 PATIENCE = 30 * 60
+CERTAIN = 10  # seconds without a batch after which a process that is dead is why; torch itself looks every 5
 
 
 class SampleStream(Sampler[list[tuple[int, int]]]):
@@ -106,14 +107,34 @@ def make_loader(
 
 class PatientLoader(DataLoader):
     """A DataLoader whose processes are killed when no batch comes for `PATIENCE` seconds: its own `timeout` does not
-    end the wait for a process that stops between announcing a batch and handing its memory over."""
+    end the wait for a process that stops between announcing a batch and handing its memory over.
+
+    One that dies is told by the `next` that waits for its batch, some seconds later. torch's signal handler would tell
+    at once, but wherever the program is, and be lost in a place that ignores exceptions.
+    """
+
+    processes: tuple = ()
 
     def __iter__(self) -> Iterator:
+        if not self.num_workers:
+            return super().__iter__()
+        others, handler = multiprocessing.active_children(), _handler()
         batches = super().__iter__()
-        return _patiently(batches) if self.num_workers else batches
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+        begun = tuple(process for process in multiprocessing.active_children() if process not in others)
+        self.processes = begun or self.processes  # those that persist are begun by the first iterator alone
+        return _patiently(batches, self.processes)
 
 
-def _patiently(batches: Iterator) -> Iterator:
+def _handler() -> Callable | int | None:
+    """What this thread has for the signal that a process of it died; None where it can have nothing."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return None
+    return signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+
+
+def _patiently(batches: Iterator, processes: tuple) -> Iterator:
     count, asking = 0, False
     ended, hung = threading.Event(), threading.Event()
 
@@ -121,11 +142,13 @@ def _patiently(batches: Iterator) -> Iterator:
         number, late = 0, 0
         while not ended.wait(1):  # seconds of this process: while it is stopped none pass
             number, late = (number, late + 1) if asking and number == count else (count, 0)
-            if late > PATIENCE:
-                hung.set()
-                for process in multiprocessing.active_children():
+            # Of one that died in the middle of a word the rest would be waited for, while others hold its line open.
+            if late > PATIENCE or (late > CERTAIN and _dead(processes)):
+                if late > PATIENCE:
+                    hung.set()
+                for process in processes:
                     process.kill()
-                    if ended.wait(10):  # torch raises for each that dies; one that waits for a disk does not
+                    if ended.wait(10):  # torch raises when one is dead; one that waits for a disk does not end
                         return
 
     threading.Thread(target=watch, daemon=True).start()
@@ -141,7 +164,9 @@ def _patiently(batches: Iterator) -> Iterator:
                     end_workers()
                     raise RuntimeError(f"DataLoader timed out after {PATIENCE} seconds") from error
                 if isinstance(error, (OSError, EOFError)):
-                    time.sleep(1)  # if a process died, the signal that tells, and raises, may yet come
+                    time.sleep(1)  # of one that dies the line is closed first
+                    if dead := _dead(processes):
+                        raise RuntimeError(f"DataLoader worker (pid {dead[0]}) exited unexpectedly") from error
                 raise
             asking = False
             yield batch
@@ -149,20 +174,15 @@ def _patiently(batches: Iterator) -> Iterator:
         ended.set()
 
 
-def end_workers() -> None:
-    """Kill the loader processes that are left and wait for their ends.
+def _dead(processes: tuple) -> list[int]:
+    return [process.pid for process in processes if not process.is_alive()]
 
-    In the main thread torch's handler, which raises for each that dies wherever the program is, rests meanwhile.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
-    try:
-        for process in multiprocessing.active_children():
-            process.kill()
-            process.join(10)  # one that waits for a disk does not end
-    finally:
-        if main:
-            signal.signal(signal.SIGCHLD, handler)
+
+def end_workers() -> None:
+    """Kill the loader processes that are left and wait for their ends."""
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join(10)  # one that waits for a disk does not end
 
 
 def collate(items: list[dict]) -> dict[str, Tensor | list[str]]:
