@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -113,8 +114,25 @@ class Numbers(torch.utils.data.Dataset):
         return torch.full((1000,), float(i))
 
 
-def training() -> PatientLoader:
-    return PatientLoader(Numbers(), 2, num_workers=2, worker_init_fn=start_worker)
+class Torn(Numbers):
+    """Its first process dies in the middle of a word to the one that asks."""
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if i == 200 and torch.utils.data.get_worker_info().id == 0:
+            frame = sys._getframe()
+            while "data_queue" not in frame.f_locals:
+                frame = frame.f_back
+            os.write(frame.f_locals["data_queue"]._writer.fileno(), struct.pack("!i", 1 << 20) + b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+def training(dataset: torch.utils.data.Dataset | None = None) -> PatientLoader:
+    return PatientLoader(dataset or Numbers(), 2, num_workers=2, worker_init_fn=start_worker)
+
+
+def torn() -> PatientLoader:
+    return training(Torn())
 
 
 def validation() -> PatientLoader:
@@ -125,6 +143,7 @@ def validation() -> PatientLoader:
     ("make", "number", "patience", "words"),
     [
         (training, signal.SIGKILL, 600, "a loader process was killed"),
+        (torn, signal.SIGCONT, 600, "a loader process was killed"),
         (training, signal.SIGSTOP, 3, "no batch came .* in 3 s"),
         (validation, signal.SIGSTOP, 3, "no batch came .* in 3 s"),
     ],

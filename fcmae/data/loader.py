@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,6 @@ from fcmae.errors import UsageError
 # Seconds without a batch after which loader processes are taken to hang: as long as ranks wait for each other
 # (fcmae/train/distributed.py), so that storage may be away for a while.
 PATIENCE = 30 * 60
-CERTAIN = 10  # seconds without a batch after which a process that is dead is why; torch itself looks every 5
 
 
 class SampleStream(Sampler[list[tuple[int, int]]]):
@@ -109,8 +109,8 @@ class PatientLoader(DataLoader):
     """A DataLoader whose processes are killed when no batch comes for `PATIENCE` seconds: its own `timeout` does not
     end the wait for a process that stops between announcing a batch and handing its memory over.
 
-    One that dies is told by the `next` that waits for its batch, some seconds later. torch's signal handler would tell
-    at once, but wherever the program is, and be lost in a place that ignores exceptions.
+    One that dies is told by the `next` that waits for a batch. torch's signal handler tells wherever the program is,
+    and what is raised in a destructor is printed and forgotten.
     """
 
     processes: tuple = ()
@@ -118,37 +118,32 @@ class PatientLoader(DataLoader):
     def __iter__(self) -> Iterator:
         if not self.num_workers:
             return super().__iter__()
-        others, handler = multiprocessing.active_children(), _handler()
-        batches = super().__iter__()
-        if handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
+        others = multiprocessing.active_children()
+        with _child_ended(None):  # torch's handler goes with it
+            batches = super().__iter__()
         begun = tuple(process for process in multiprocessing.active_children() if process not in others)
         self.processes = begun or self.processes  # those that persist are begun by the first iterator alone
         return _patiently(batches, self.processes)
-
-
-def _handler() -> Callable | int | None:
-    """What this thread has for the signal that a process of it died; None where it can have nothing."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return None
-    return signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
 
 
 def _patiently(batches: Iterator, processes: tuple) -> Iterator:
     count, asking = 0, False
     ended, hung = threading.Event(), threading.Event()
 
+    def look(*_) -> None:
+        for process in processes:
+            if process.exitcode:  # None while it runs, 0 at the stream's end
+                raise RuntimeError(f"DataLoader worker (pid {process.pid}) exited unexpectedly")
+
     def watch() -> None:
         number, late = 0, 0
         while not ended.wait(1):  # seconds of this process: while it is stopped none pass
             number, late = (number, late + 1) if asking and number == count else (count, 0)
-            # Of one that died in the middle of a word the rest would be waited for, while others hold its line open.
-            if late > PATIENCE or (late > CERTAIN and _dead(processes)):
-                if late > PATIENCE:
-                    hung.set()
+            if late > PATIENCE:
+                hung.set()
                 for process in processes:
                     process.kill()
-                    if ended.wait(10):  # torch raises when one is dead; one that waits for a disk does not end
+                    if ended.wait(10):  # told by the first that dies; one that waits for a disk does not
                         return
 
     threading.Thread(target=watch, daemon=True).start()
@@ -156,7 +151,10 @@ def _patiently(batches: Iterator, processes: tuple) -> Iterator:
         while True:
             count, asking = count + 1, True
             try:
-                batch = next(batches)
+                # Half a message of one that died would be waited for, without end: others hold its line open.
+                with _child_ended(look):
+                    look()
+                    batch = next(batches)
             except StopIteration:
                 return
             except Exception as error:
@@ -165,8 +163,7 @@ def _patiently(batches: Iterator, processes: tuple) -> Iterator:
                     raise RuntimeError(f"DataLoader timed out after {PATIENCE} seconds") from error
                 if isinstance(error, (OSError, EOFError)):
                     time.sleep(1)  # of one that dies the line is closed first
-                    if dead := _dead(processes):
-                        raise RuntimeError(f"DataLoader worker (pid {dead[0]}) exited unexpectedly") from error
+                    look()
                 raise
             asking = False
             yield batch
@@ -174,8 +171,19 @@ def _patiently(batches: Iterator, processes: tuple) -> Iterator:
         ended.set()
 
 
-def _dead(processes: tuple) -> list[int]:
-    return [process.pid for process in processes if not process.is_alive()]
+@contextlib.contextmanager
+def _child_ended(handler: Callable | None) -> Iterator[None]:
+    """Call the handler when a child of this process ends, meanwhile and in the main thread alone; None: as it is."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def end_workers() -> None:
