@@ -119,6 +119,7 @@ class Torn(Numbers):
 
     def __getitem__(self, i: int) -> torch.Tensor:
         if i == 200 and torch.utils.data.get_worker_info().id == 0:
+            time.sleep(1)  # what it said before has been read
             frame = sys._getframe()
             while "data_queue" not in frame.f_locals:
                 frame = frame.f_back
@@ -153,6 +154,7 @@ def test_a_loader_process_that_dies_or_hangs_ends_the_run_in_one_line(
 ):
     (tmp_path / "config.yaml").write_text(CONFIG)
     monkeypatch.setattr(loader, "PATIENCE", patience)
+    monkeypatch.setattr(loader, "CERTAIN", 2)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
 
     def run(config):

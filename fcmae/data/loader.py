@@ -21,6 +21,9 @@ from fcmae.errors import UsageError
 # Seconds without a batch after which loader processes are taken to hang: as long as ranks wait for each other
 # (fcmae/train/distributed.py), so that storage may be away for a while.
 PATIENCE = 30 * 60
+# Seconds without a batch after which one that is dead is why. torch looks every 5, but not while it reads: of one that
+# died in the middle of a word the rest would be waited for without end, since others hold its line open.
+CERTAIN = 10
 
 
 class SampleStream(Sampler[list[tuple[int, int]]]):
@@ -109,8 +112,8 @@ class PatientLoader(DataLoader):
     """A DataLoader whose processes are killed when no batch comes for `PATIENCE` seconds: its own `timeout` does not
     end the wait for a process that stops between announcing a batch and handing its memory over.
 
-    One that dies is told by the `next` that waits for a batch. torch's signal handler tells wherever the program is,
-    and what is raised in a destructor is printed and forgotten.
+    One that dies is told by the `next` that waits for its batch. torch's signal handler tells wherever the program is:
+    in a destructor, where it is printed and forgotten, or in the middle of a word with another process, which prints.
     """
 
     processes: tuple = ()
@@ -128,12 +131,14 @@ class PatientLoader(DataLoader):
 
 def _patiently(batches: Iterator, processes: tuple) -> Iterator:
     count, asking = 0, False
-    ended, hung = threading.Event(), threading.Event()
+    ended, hung, in_vain = threading.Event(), threading.Event(), threading.Event()
+
+    def dead() -> int | None:
+        return next((process.pid for process in processes if process.exitcode), None)  # 0: at the stream's end
 
     def look(*_) -> None:
-        for process in processes:
-            if process.exitcode:  # None while it runs, 0 at the stream's end
-                raise RuntimeError(f"DataLoader worker (pid {process.pid}) exited unexpectedly")
+        if in_vain.is_set():
+            raise RuntimeError(f"DataLoader worker (pid {dead()}) exited unexpectedly")
 
     def watch() -> None:
         number, late = 0, 0
@@ -145,15 +150,16 @@ def _patiently(batches: Iterator, processes: tuple) -> Iterator:
                     process.kill()
                     if ended.wait(10):  # told by the first that dies; one that waits for a disk does not
                         return
+            elif late > CERTAIN and dead() and hasattr(signal, "pthread_kill"):
+                in_vain.set()
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGCHLD)
 
     threading.Thread(target=watch, daemon=True).start()
     try:
         while True:
             count, asking = count + 1, True
             try:
-                # Half a message of one that died would be waited for, without end: others hold its line open.
                 with _child_ended(look):
-                    look()
                     batch = next(batches)
             except StopIteration:
                 return
@@ -163,7 +169,8 @@ def _patiently(batches: Iterator, processes: tuple) -> Iterator:
                     raise RuntimeError(f"DataLoader timed out after {PATIENCE} seconds") from error
                 if isinstance(error, (OSError, EOFError)):
                     time.sleep(1)  # of one that dies the line is closed first
-                    look()
+                    if pid := dead():
+                        raise RuntimeError(f"DataLoader worker (pid {pid}) exited unexpectedly") from error
                 raise
             asking = False
             yield batch
