@@ -27,7 +27,7 @@ test-slow: venv
 test-slurm: venv
 	$(PY) -m pytest -q -m slurm $(ARGS)
 
-# Faults by the hundred, for hours; ARGS=--short: a few minutes. What they count goes to runs/soak.
+# Faults by the hundred, for half an hour or two hours; ARGS=--short: a few minutes. What they count goes to runs/soak.
 soak: venv
 	$(PYTEST) -m soak tests/soak $(ARGS)
 

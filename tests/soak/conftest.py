@@ -1,4 +1,5 @@
-"""Long tests of what docs/reliability.md promises: `make soak` for hours of them, `make soak ARGS=--short` for minutes.
+"""Long tests of what docs/reliability.md promises: `make soak` for half an hour or more,
+`make soak ARGS=--short` for minutes.
 
 Each leaves what it counted in FIGURES/NAME.json; tests/soak/table.py makes the document's table of these.
 """
