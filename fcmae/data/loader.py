@@ -133,12 +133,13 @@ def _patiently(batches: Iterator, processes: tuple) -> Iterator:
     count, asking = 0, False
     ended, hung, in_vain = threading.Event(), threading.Event(), threading.Event()
 
-    def dead() -> int | None:
-        return next((process.pid for process in processes if process.exitcode), None)  # 0: at the stream's end
+    def death() -> RuntimeError | None:
+        dead = [process.pid for process in processes if process.exitcode]  # 0: at the stream's end
+        return RuntimeError(f"DataLoader worker (pid {dead[0]}) exited unexpectedly") if dead else None
 
     def look(*_) -> None:
         if in_vain.is_set():
-            raise RuntimeError(f"DataLoader worker (pid {dead()}) exited unexpectedly")
+            raise death()
 
     def watch() -> None:
         number, late = 0, 0
@@ -150,7 +151,7 @@ def _patiently(batches: Iterator, processes: tuple) -> Iterator:
                     process.kill()
                     if ended.wait(10):  # told by the first that dies; one that waits for a disk does not
                         return
-            elif late > CERTAIN and dead() and hasattr(signal, "pthread_kill"):
+            elif late > CERTAIN and death() and hasattr(signal, "pthread_kill"):
                 in_vain.set()
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGCHLD)
 
@@ -169,8 +170,8 @@ def _patiently(batches: Iterator, processes: tuple) -> Iterator:
                     raise RuntimeError(f"DataLoader timed out after {PATIENCE} seconds") from error
                 if isinstance(error, (OSError, EOFError)):
                     time.sleep(1)  # of one that dies the line is closed first
-                    if pid := dead():
-                        raise RuntimeError(f"DataLoader worker (pid {pid}) exited unexpectedly") from error
+                    if told := death():
+                        raise told from error
                 raise
             asking = False
             yield batch

@@ -85,10 +85,9 @@ def digest(model: nn.Module) -> str:
     """SHA-256 of a model's parameters, of this rank's part of them where they are spread."""
     found = hashlib.sha256()
     for x in model.parameters():
-        x = getattr(x.detach(), "_local_tensor", x.detach())
-        found.update(
-            x.clone().cpu().numpy().tobytes()
-        )  # a copy: what NumPy has seen, torch does not resize, as FSDP does
+        x = x.detach()
+        # A copy: what NumPy has seen torch does not resize, as FSDP does.
+        found.update(getattr(x, "_local_tensor", x).clone().cpu().numpy().tobytes())
     return found.hexdigest()
 
 

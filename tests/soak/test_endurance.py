@@ -59,9 +59,7 @@ def test_a_long_run_does_not_grow(tmp_path, often, figures):
         begin = [row[1:] for row in samples if 0.1 * steps <= row[0] < 0.5 * steps]
         end = [row[1:] for row in samples if row[0] >= 0.6 * steps]
         assert len(begin) > 5 and len(end) > 5, f"{name}: {len(samples)} samples"
-        before, after = (
-            [least(c) for least, c in zip(MEASURES, zip(*p, strict=True), strict=True)] for p in (begin, end)
-        )
+        before, after = measured(begin), measured(end)
         key = name.replace(" ", "_")
         counted[f"{key}_mib"] = f"{before[0]:.1f} to {after[0]:.1f}"
         counted[f"{key}_handles"], counted[f"{key}_threads"] = f"{before[1]:g} to {after[1]:g}", f"{after[2]:g}"
