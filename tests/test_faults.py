@@ -172,6 +172,21 @@ def test_a_loader_process_that_dies_or_hangs_ends_the_run_in_one_line(
     assert json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"] == line
 
 
+def test_a_loader_process_of_a_killed_program_says_nothing():
+    """Killed while it asks for the memory of a batch, at the answer to the other's challenge."""
+    program = """
+        import multiprocessing.connection as line, os, signal, sys
+        from test_faults import training
+        line.answer_challenge = lambda *_: (print("asked", flush=True), os.kill(os.getpid(), signal.SIGKILL))
+        next(iter(training()))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "asked\n", "")
+
+
 def test_ctrl_c_before_training_is_one_line(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(CONFIG)
 

@@ -6,9 +6,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -210,7 +212,8 @@ def collate(items: list[dict]) -> dict[str, Tensor | list[str]]:
 
 def start_worker(worker: int) -> None:
     """Leave it to the parent when to stop: Ctrl-C, SLURM and submitit signal every process of a job, but the
-    parent still needs the batches to finish its step and save, and its handlers must not run in a worker."""
+    parent still needs the batches to finish its step and save, and its handlers must not run in a worker. A parent
+    that was killed is not a worker's fault: the line that breaks in the middle of a word with it is not told."""
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
@@ -220,6 +223,13 @@ def start_worker(worker: int) -> None:
         # Under the forkserver start method, the process that starts a worker is not the one that owns it.
         owners = {os.getppid(), multiprocessing.parent_process().pid}
         threading.Thread(target=_obey_owners, args=(os.getppid(), owners), daemon=True).start()
+        sys.excepthook = _told_to_owners  # Python's own thread that hands over memory tells its exceptions there
+
+
+def _told_to_owners(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, (ConnectionError, EOFError)):
+        time.sleep(3)  # of a parent that dies the lines are closed first; then _obey_owners ends this process
+    sys.__excepthook__(kind, error, trace)
 
 
 def _obey_owners(parent: int, owners: set[int]) -> None:
