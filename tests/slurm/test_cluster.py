@@ -187,7 +187,7 @@ def test_watch_tells_where_a_job_stands_and_a_second_copy_is_refused(cluster, pl
     assert cluster.until(job, lambda: steps_done(out) >= 5, 120)
     shown = watch(out, env=cluster.env)
     assert f"job {job} running on n[1-2]" in shown and "of 100000" in shown and "img/s" in shown and " left" in shown
-    assert "[rank 0] step " in shown  # the other has nothing to say: tests/test_slurm_submit.py
+    assert "[rank 0] step " in shown  # the other has nothing to say: tests/test_slurm_watch.py
     second = cluster.submit(*arguments(place, out, "train.steps=100000"), *TWO_NODES)
     assert cluster.wait(second) == ["FAILED"]
     said = log(out, second, 0)
