@@ -1,14 +1,10 @@
-"""Converting weights: every layout there and back, what is proven before writing, what is refused."""
-
-import argparse
-import dataclasses
-import os
-import pickle
+"""Converting weights: every layout there and back."""
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from small_weights import AUTHORS, authors_file, small_timm
 
 from fcmae import create_model
 from fcmae.convert import convert, main, read_checkpoint
@@ -17,16 +13,10 @@ from fcmae.models import CONVNEXTV2_SIZES
 from helpers import close, golden, section, shake
 from small_runs import assert_same
 
-NAME = "fcmae_b1_128px"
-
 
 @pytest.fixture
 def authors(tmp_path):
-    """What the authors' pretraining script writes: the weights under `model`, its command line beside them."""
-    tensors, _ = golden(NAME)
-    path = tmp_path / "checkpoint-799.pth"
-    torch.save({"model": section(tensors, "checkpoint."), "args": argparse.Namespace(lr=1.5e-4, mask_ratio=0.6)}, path)
-    return path
+    return authors_file(tmp_path)
 
 
 def ordered(state):
@@ -45,15 +35,8 @@ def auto_backbone(folder, **settings):
     return cls.from_pretrained(str(folder), output_loading_info=True, **settings)
 
 
-def small_timm(classes=0):
-    model = timm.models.convnext.ConvNeXt(
-        depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), use_grn=True, ls_init_value=None, num_classes=classes
-    )
-    return shake(model).eval()
-
-
 def test_the_authors_file_becomes_a_timm_model(authors, tmp_path, capsys):
-    tensors, _ = golden(NAME)
+    tensors, _ = golden(AUTHORS)
     count = len(section(tensors, "checkpoint."))
     assert main([str(authors), str(tmp_path / "encoder.safetensors"), "--to", "timm"]) == 0
     report = capsys.readouterr().out
@@ -76,7 +59,7 @@ def test_the_authors_file_becomes_a_timm_model(authors, tmp_path, capsys):
 
 
 def test_goldens_through_every_layout_and_back(authors, tmp_path):
-    tensors, _ = golden(NAME)
+    tensors, _ = golden(AUTHORS)
     original = section(tensors, "checkpoint.")
     encoder = {key: x for key, x in original.items() if key.startswith("encoder.")}
     for to in LAYOUTS:
@@ -98,7 +81,7 @@ def test_goldens_through_every_layout_and_back(authors, tmp_path):
 def test_transformers_loads_what_is_written(authors, tmp_path):
     from transformers import ConvNextV2Model
 
-    tensors, _ = golden(NAME)
+    tensors, _ = golden(AUTHORS)
     convert(authors, tmp_path / "hf", "hf", image_size=128)
     model, info = ConvNextV2Model.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"] and model.config.image_size == 128
@@ -204,7 +187,7 @@ def test_other_channels_and_back(authors, tmp_path, mode, chans):
 @pytest.mark.slow
 def test_onnx_runs_in_onnxruntime(authors, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
-    tensors, _ = golden(NAME)
+    tensors, _ = golden(AUTHORS)
     assert main([str(authors), str(tmp_path / "x.onnx"), "--to", "onnx", "--image-size", "128"]) == 0
     report = capsys.readouterr().out
     assert "verified  features of 1 random images" in report and "verified  features of 3 random images" in report
@@ -217,7 +200,7 @@ def test_onnx_runs_in_onnxruntime(authors, tmp_path, capsys):
 
 
 def test_exported_program(authors, tmp_path):
-    tensors, _ = golden(NAME)
+    tensors, _ = golden(AUTHORS)
     convert(authors, tmp_path / "x.pt2", "exported", image_size=128)
     program = torch.export.load(str(tmp_path / "x.pt2")).module()
     for batch in (1, 3):
@@ -238,71 +221,12 @@ def test_averaged_weights_and_entries(authors, tmp_path):
 
 
 def test_read_checkpoint_gives_our_names_and_values(authors):
-    tensors, _ = golden(NAME)
+    tensors, _ = golden(AUTHORS)
     state, dense = read_checkpoint(authors), section(tensors, "dense.")
     assert torch.equal(state["encoder.stages.2.blocks.1.conv_dw.weight"], dense["stages.2.1.dwconv.weight"])
     assert torch.equal(state["encoder.stages.3.downsample.1.weight"], dense["downsample_layers.3.1.weight"])
     assert torch.equal(state["encoder.stages.0.blocks.0.mlp.grn.weight"], dense["stages.0.0.grn.gamma"].flatten())
     assert len(state) == len(section(tensors, "checkpoint."))
-
-
-def test_a_result_that_differs_is_not_written(authors, tmp_path, monkeypatch, capsys):
-    wrong = dataclasses.replace(LAYOUTS["timm"], theirs=lambda key, x: x * 1.01 if key == "stem.0.weight" else x)
-    monkeypatch.setitem(LAYOUTS, "timm", wrong)
-    assert main([str(authors), str(tmp_path / "x.safetensors")]) == 2
-    error = capsys.readouterr().err
-    assert "features differ from the source's by" in error and error.count("\n") == 1
-    assert not (tmp_path / "x.safetensors").exists()
-    assert main([str(authors), str(tmp_path / "x.safetensors"), "--no-verify"]) == 0
-    assert "verified  no: --no-verify" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("moment", [0, 1])
-@pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize(
-    "to,name", [("timm", "x.safetensors"), ("official", "x.pth"), ("hf", "x"), ("exported", "x.pt2")]
-)
-def test_interrupted_while_writing(authors, tmp_path, monkeypatch, to, name, exists, moment):
-    """At each renaming, the last moments: DST is absent, or what it was."""
-    dst, real, calls = tmp_path / name, os.replace, []
-
-    def interrupted(*paths):
-        calls.append(paths)
-        if len(calls) == moment + 1:
-            raise KeyboardInterrupt
-        real(*paths)
-
-    def content():
-        files = sorted(dst.rglob("*")) if dst.is_dir() else [dst]
-        return {p.name: p.read_bytes() for p in files} if dst.exists() else None
-
-    if exists:
-        convert(authors, dst, to, verify=False)
-    elif moment:
-        return  # there is one renaming
-    before = content()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupted)
-        try:
-            convert(authors, dst, to, force=True, verify=False, in_chans=1)
-        except KeyboardInterrupt:
-            assert content() == before
-        else:
-            assert to != "hf" and moment == 1 and content() != before  # a file takes one renaming
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".x")]
-
-
-def test_a_kill_between_two_renamings_is_mended(authors, tmp_path):
-    convert(authors, tmp_path / "x", "hf", verify=False)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()}
-    (tmp_path / "x").rename(tmp_path / ".x.fcmae-old")
-    with pytest.raises(ValueError, match="no such file"):
-        convert(tmp_path / "nothing.pth", tmp_path / "x", "hf", force=True)
-    with pytest.raises(ValueError, match="cannot hold|has no place"):
-        convert(authors, tmp_path / "x", "hf", force=True, with_decoder=True)
-    convert(authors, tmp_path / "x", "hf", verify=False)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()} == before
-    assert not (tmp_path / ".x.fcmae-old").exists()
 
 
 def test_whoever_made_a_timm_model_chose_its_mlp(tmp_path):
@@ -334,89 +258,3 @@ def test_wrapped_names(tmp_path):
     torch.save(dict(state) | {"module.stem.0.weight": state["stem.0.weight"] + 1}, tmp_path / "both.pth")
     with pytest.raises(ValueError, match="1 unknown: module.stem.0.weight"):
         read_checkpoint(tmp_path / "both.pth")
-
-
-class Payload:
-    def __reduce__(self):
-        return (open, ("ran-code", "w"))
-
-
-def test_refused_in_one_line(authors, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    good = authors.read_bytes()
-    state = torch.load(authors, weights_only=False)["model"]
-    (tmp_path / "cut.pth").write_bytes(good[:-2000])
-    flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 16
-    (tmp_path / "flipped.pth").write_bytes(flipped)
-    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Payload()))
-    torch.save({"model": Payload()}, tmp_path / "code.pth")
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.pth")
-    torch.save({f"stages.{i}.blocks.0.norm.bias": torch.zeros(2) for i in range(4)}, tmp_path / "near.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    torch.save({key: x for key, x in state.items() if "stages.2.0.pwconv1" not in key}, tmp_path / "holes.pth")
-    torch.save(state | {"encoder.stages.1.0.grn.gamma": torch.zeros(1, 7)}, tmp_path / "mixed.pth")
-    torch.save(state | {"encoder.extra": torch.zeros(3)}, tmp_path / "extra.pth")
-    save_file({key: x for key, x in state.items() if not key.startswith("encoder.stages.3")}, "part.safetensors")
-    torch.save(state | {"encoder.stages.1.0.dwconv.kernel": torch.tensor(1.0)}, tmp_path / "rank.pth")
-    torch.save(state | {"encoder.stages.0.9999999.norm.ln.bias": torch.zeros(8)}, tmp_path / "many.pth")
-    torch.save({k: x for k, x in small_timm(5).state_dict().items() if "head.norm" not in k}, tmp_path / "bare.pth")
-    (tmp_path / "text.pth").write_text("a: 1")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert main(["checkpoint-799.pth", "exists.safetensors"]) == 0
-    before = (tmp_path / "exists.safetensors").read_bytes()
-    capsys.readouterr()
-    for arguments, words in [
-        ("none.pth new.safetensors", "no such file"),
-        ("cut.pth new.safetensors", "cut.pth"),
-        ("flipped.pth new.safetensors", "flipped.pth"),
-        ("cut.safetensors new.safetensors", "not a whole"),
-        ("empty.pth new.safetensors", "empty.pth"),
-        ("photo.png new.safetensors", "photo.png"),
-        ("pickle.pth new.safetensors", "could run code"),
-        ("code.pth new.safetensors", "could run code"),
-        ("foreign.pth new.safetensors", "unknown layout; its first keys are weight"),
-        ("near.pth new.safetensors", "the nearest is timm, with 4 of 4 keys"),
-        ("list.pth new.safetensors", "no state dict"),
-        ("holes.pth new.safetensors", "2 missing: encoder.stages.2.blocks.0.mlp.fc1.bias"),
-        ("mixed.pth new.safetensors", "encoder.stages.1.blocks.0.mlp.grn.weight is (7,) where (64,) belongs"),
-        ("extra.pth new.safetensors", "1 unknown: encoder.extra"),
-        ("part.safetensors new.safetensors", "no whole ConvNeXt V2"),
-        ("rank.pth new.safetensors", "encoder.stages.1.0.dwconv.kernel of shape () does not belong"),
-        ("many.pth new.safetensors", "not numbered 0, 1, 2"),
-        ("bare.pth new.safetensors", "classifier without the norm"),
-        ("text.pth new.safetensors", "text.pth"),
-        ("folder new.safetensors", "name a file"),
-        ("run new.safetensors", "without a checkpoint yet"),
-        ("checkpoint-799.pth exists.safetensors", "--force"),
-        ("checkpoint-799.pth folder --to hf", "--force"),
-        ("checkpoint-799.pth folder/x.bin", "*.safetensors or *.pt"),
-        ("checkpoint-799.pth nowhere/x.pth", "nowhere is no folder"),
-        ("checkpoint-799.pth x.pth --to onnx", "*.onnx"),
-        ("checkpoint-799.pth x.pth --to hf", "writes a folder"),
-        ("checkpoint-799.pth x.pth --with-decoder", "timm has no place for a decoder"),
-        ("exists.safetensors x.pth --to official --with-decoder", "source has no decoder"),
-        ("checkpoint-799.pth x.pth --in-chans 0", "1 or more"),
-        ("checkpoint-799.pth x.pt2 --to exported --image-size 100", "multiple"),
-        ("checkpoint-799.pth folder --to timm --force", "*.safetensors"),
-        ("checkpoint-799.pth run --to hf --force", "--force does not replace it"),
-        ("checkpoint-799.pth .. --to hf --force", "--force does not replace it"),
-        ("checkpoint-799.pth / --to hf --force", "is no name"),
-    ]:
-        assert main(arguments.split()) == 2, arguments
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1 and "\x1b" not in error, error
-    assert (tmp_path / "exists.safetensors").read_bytes() == before
-    assert (
-        not list(tmp_path.glob("new*"))
-        and not (tmp_path / "ran-code").exists()
-        and not list((tmp_path / "folder").iterdir())
-    )
-    for wrong in (["good.pth"], ["checkpoint-799.pth", "x.pth", "--to", "tensorflow"]):
-        with pytest.raises(SystemExit) as caught:
-            main(wrong)
-        assert caught.value.code == 2
