@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from small_weights import AUTHORS, authors_file, small_timm
 
 from fcmae import create_model
 from fcmae.convert import convert, main, read_checkpoint
@@ -12,6 +11,7 @@ from fcmae.layouts import LAYOUTS
 from fcmae.models import CONVNEXTV2_SIZES
 from helpers import close, golden, section, shake
 from small_runs import assert_same
+from small_weights import AUTHORS, authors_file, small_timm
 
 
 @pytest.fixture

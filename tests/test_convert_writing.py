@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_weights import authors_file, small_timm
 
 from fcmae.convert import convert, main
 from fcmae.layouts import LAYOUTS
+from small_weights import authors_file, small_timm
 
 
 @pytest.fixture

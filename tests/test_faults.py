@@ -175,7 +175,7 @@ def test_a_loader_process_that_dies_or_hangs_ends_the_run_in_one_line(
 def test_a_loader_process_of_a_killed_program_says_nothing():
     """Killed while it asks for the memory of a batch, at the answer to the other's challenge."""
     program = """
-        import multiprocessing.connection as line, os, signal, sys
+        import multiprocessing.connection as line, os, signal
         from test_faults import training
         line.answer_challenge = lambda *_: (print("asked", flush=True), os.kill(os.getpid(), signal.SIGKILL))
         next(iter(training()))
