@@ -15,6 +15,8 @@ import timm
 import torch
 from PIL import Image
 
+from ending import ended
+
 CONFIG = """
 model: {name: fcmae_convnextv2_atto, image_size: 64, depths: [1, 1, 1, 1], dims: [8, 12, 16, 24], decoder_dim: 16}
 train: {steps: 60, batch_size: 8, warmup_epochs: 1, lr: 1.0e-3}
@@ -46,17 +48,17 @@ def command(config: Path, *overrides: str, processes: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread, so that several processes on few cores compute what one does."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    """One thread, so that several processes on few cores compute what one does; an aborted process tells its stack."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def run(config: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
     """Run to the end; fails the test when the command fails."""
-    done = subprocess.run(
-        command(config, *overrides, processes=processes), env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    started = command(config, *overrides, processes=processes)
+    process = subprocess.Popen(started, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said, errors = ended(process, 300)
+    assert process.returncode == 0, errors[-3000:]
+    return subprocess.CompletedProcess(started, 0, said, errors)
 
 
 def printed_model(said: str) -> torch.nn.Module:

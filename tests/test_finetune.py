@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from ending import ended
 from fcmae.downstream.data import open_parts
 from fcmae.downstream.labelled import CentreCrops
 from fcmae.finetune import main
@@ -124,7 +125,7 @@ def single(place):
 @pytest.mark.slow
 def test_two_ranks_follow_one_process(place, single, tmp_path):
     process = start("fcmae.finetune", arguments(place, tmp_path / "two", *PLAIN, "train.batch_size=4"), processes=2)
-    said, errors = process.communicate(timeout=200)
+    said, errors = ended(process)
     assert process.returncode == 0, errors[-2000:]
     assert "8 = 4 x 1 accumulated x 2 processes" in said
     assert_close_weights(tmp_path / "two", single, 1e-5)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ending import ended
 from fcmae.downstream.batch_norm import normalize_features, plain
 from fcmae.downstream.data import open_parts
 from fcmae.downstream.frozen import Frozen, last_blocks
@@ -224,7 +225,7 @@ def test_features_are_kept_as_long_as_they_hold(place, tmp_path):
 def test_processes_with_uneven_shares_find_the_same_features(place, tmp_path):
     assert main(arguments(place, tmp_path / "one", *KNN, "--mode", "knn")) == 0
     process = start("fcmae.probe", arguments(place, tmp_path / "three", *KNN, "--mode", "knn"), processes=3)
-    _, errors = process.communicate(timeout=200)
+    _, errors = ended(process)
     assert process.returncode == 0, errors[-2000:]
     assert json.loads((tmp_path / "one" / "results.json").read_text()) == results(tmp_path / "three")
     for path in (tmp_path / "one" / "features").iterdir():
@@ -248,7 +249,7 @@ def test_linear_probing_on_two_processes(place, linear, tmp_path):
     """Batch statistics are each process's own, and the running ones their mean: validation sees one model."""
     more = (*LINEAR, "train.batch_size=4", "--mode", "linear")
     process = start("fcmae.probe", arguments(place, tmp_path / "two", *more), processes=2)
-    _, errors = process.communicate(timeout=200)
+    _, errors = ended(process)
     assert process.returncode == 0, errors[-2000:]
     ours, theirs = (final_state(out)["model"]["head.fc.0.running_mean"] for out in (tmp_path / "two", linear))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # the mean of halves is the mean
@@ -261,12 +262,13 @@ def test_a_probe_on_two_processes_resumes_to_the_same(place, tmp_path):
     more = (*LINEAR, "train.batch_size=4", "train.warmup_epochs=0.5", "data.workers=1", "--mode", "linear")
     for name, every in (("whole", 100), ("parts", 3)):
         process = start("fcmae.probe", arguments(place, tmp_path / name, f"checkpoint.every={every}", *more), 2)
-        assert process.communicate(timeout=200) and process.returncode == 0
+        _, errors = ended(process)
+        assert process.returncode == 0, errors[-2000:]
     parts = tmp_path / "parts"
     (parts / "checkpoints" / "step_000000008.pt").unlink()
     for name in ("results.json", LAST):
         (parts / name).unlink()
     process = start("fcmae.probe", arguments(place, parts, "checkpoint.every=3", *more), 2)
-    said, errors = process.communicate(timeout=200)
+    said, errors = ended(process)
     assert process.returncode == 0 and "going on from step 6" in said, errors[-2000:]
     assert_same_outcome(parts, tmp_path / "whole")

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 
+from ending import ended
 from fcmae.files import write_whole
 from fcmae.schema import CheckpointConfig
 from fcmae.train import checkpoint
@@ -73,7 +74,7 @@ def test_a_signal_saves_before_leaving(whole, tmp_path, number):
         if line.startswith("step 7/"):
             process.send_signal(number)
             break
-    said, errors = process.communicate(timeout=60)
+    said, errors = ended(process, 60)
     assert process.returncode == 128 + number, errors[-2000:]
     step = final_state(out)["step"]
     assert 7 <= step < 60 and metrics(out)[-1]["step"] == step

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ending import ended
 from fcmae.convert import main as convert
 from fcmae.convert import read_checkpoint
 from fcmae.models import create_model
@@ -99,7 +100,7 @@ def test_a_signal_to_one_rank_stops_all_and_saves(place, tmp_path):
             children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
             subprocess.run(["kill", "-TERM", children[1]], check=True)
             break
-    said, _ = process.communicate(timeout=90)
+    said, _ = ended(process, 90)
     step = final_state(tmp_path / "run")["step"]
     assert 3 <= step < 400 and f"saved at step {step}" in said
 

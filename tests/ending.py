@@ -1,0 +1,64 @@
+"""The end of a command, or where it hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+
+def ended(process: subprocess.Popen, seconds: float = 200) -> tuple[str, str]:
+    """What a command, started with both its outputs as pipes, has said by its end.
+
+    Of one that takes longer every process is aborted, and the test fails with each one's stack: Python tells it under
+    PYTHONFAULTHANDLER, the kernel says what it waits for.
+    """
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        pids = _descendants(process.pid)
+        waits = [f"{pid}: {_name(pid)}: {', '.join(_waits(pid))}" for pid in pids]
+        for pid in reversed(pids):  # one whose child is gone would end by itself
+            try:
+                os.kill(pid, signal.SIGABRT)
+                time.sleep(0.5)  # so that they write one after another
+                os.kill(pid, signal.SIGKILL)  # one that is stopped
+            except ProcessLookupError:
+                pass
+        said, errors = process.communicate()
+        raise AssertionError("\n".join([f"hung for {seconds} s", *waits, said[-4000:], errors[-20000:]])) from None
+
+
+def _descendants(pid: int) -> list[int]:
+    """A process and those under it, parents first."""
+    found = [pid]
+    for parent in found:
+        for task in _entries(Path(f"/proc/{parent}/task")):
+            found += [int(child) for child in _text(task / "children").split()]
+    return found
+
+
+def _name(pid: int) -> str:
+    return " ".join(_text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").split())[:150]
+
+
+def _waits(pid: int) -> list[str]:
+    """What each thread waits for in the kernel."""
+    tasks = _entries(Path(f"/proc/{pid}/task"))
+    return [f"{_text(task / 'comm').strip()} in {_text(task / 'wchan') or '?'}" for task in tasks]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
