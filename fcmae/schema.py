@@ -106,7 +106,9 @@ class TrainConfig:
     )
     max_nonfinite: int = setting(20, "stop after so many steps in a row with a NaN or infinite gradient")
     spike_factor: float | None = setting(
-        None, "go back to the last checkpoint when a loss is so many times the median of the last 100; null: never"
+        None,
+        "go back to the last checkpoint when a loss is so many times the median of the last 100, pretraining only; "
+        "null: never",
     )
 
 
