@@ -22,7 +22,7 @@ import torch
 
 from fcmae.cli import run_command
 from fcmae.data import loader
-from fcmae.data.loader import PatientLoader, start_worker
+from fcmae.data.loader import PatientLoader
 from fcmae.downstream import representation
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
@@ -129,7 +129,7 @@ class Torn(Numbers):
 
 
 def training(dataset: torch.utils.data.Dataset | None = None) -> PatientLoader:
-    return PatientLoader(dataset or Numbers(), 2, num_workers=2, worker_init_fn=start_worker)
+    return PatientLoader(dataset or Numbers(), 2, num_workers=2)
 
 
 def torn() -> PatientLoader:
@@ -185,6 +185,40 @@ def test_a_loader_process_of_a_killed_program_says_nothing():
         cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "asked\n", "")
+
+
+@pytest.mark.parametrize(
+    ("hang", "found", "told"),
+    [
+        ("forks == 2", r"\[0.0, 1.0\] 4 forks, 2 left", 1),
+        ("True", "a loader process did not begin in 2 s, 4 times.* 8 forks, 0 left", 4),
+    ],
+)
+def test_a_loader_process_that_hangs_at_its_fork_is_forked_again(hang, found, told):
+    """As one does that copied a lock which was held (python/cpython#112275): before any line of Python of its own."""
+    program = """
+        import multiprocessing, os, signal, time
+        from fcmae.data import loader
+        from fcmae.train.lost import lost
+        from test_faults import training
+        loader.BEGINNING, forks = 2, 0
+        def count():
+            global forks
+            forks += 1
+        os.register_at_fork(before=count, after_in_child=lambda: HANG and time.sleep(1000))
+        try:
+            batches = iter(training())
+            print(next(batches)[:, 0].tolist(), end=" ")
+        except RuntimeError as error:
+            print(lost(error), end=" ")
+        print(forks, "forks,", len(multiprocessing.active_children()), "left")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program).replace("HANG", f"({hang})")],
+        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and re.fullmatch(found, done.stdout.rstrip()), (done.stdout, done.stderr)
+    assert done.stderr == "warning: a loader process did not begin in 2 s; it is forked again\n" * told
 
 
 def test_ctrl_c_before_training_is_one_line(tmp_path, capsys):

@@ -9,7 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from multiprocessing.synchronize import Semaphore
 from types import TracebackType
 
 import numpy as np
@@ -26,6 +28,10 @@ PATIENCE = 30 * 60
 # Seconds without a batch after which one that is dead is why. torch looks every 5, but not while it reads: of one that
 # died in the middle of a word the rest would be waited for without end, since others hold its line open.
 CERTAIN = 10
+# Seconds after which a forked process that has not begun is replaced, and how many times one is forked. It holds a copy
+# of every lock that another thread held at that moment, of Python itself too before 3.11.10 and 3.12 (gh-112275: where
+# a thread of gloo lets go of a tensor just then), and waits for ever.
+BEGINNING, TRIES = 30, 4
 
 
 class SampleStream(Sampler[list[tuple[int, int]]]):
@@ -104,7 +110,6 @@ def make_loader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=start_worker,
         # Without its own generator the loader would draw from the global one, which a resumed run restores.
         generator=torch.Generator(),
     )
@@ -123,12 +128,32 @@ class PatientLoader(DataLoader):
     def __iter__(self) -> Iterator:
         if not self.num_workers:
             return super().__iter__()
-        others = multiprocessing.active_children()
-        with _child_ended(None):  # torch's handler goes with it
-            batches = super().__iter__()
-        begun = tuple(process for process in multiprocessing.active_children() if process not in others)
-        self.processes = begun or self.processes  # those that persist are begun by the first iterator alone
-        return _patiently(batches, self.processes)
+        context = self.multiprocessing_context or multiprocessing.get_context()
+        for _ in range(TRIES):
+            # Others than forked ones copy nothing, and take as long as Python and torch take to be imported.
+            begun = context.Semaphore(0) if context.get_start_method() == "fork" else None
+            self.worker_init_fn = partial(start_worker, begun)
+            others = multiprocessing.active_children()
+            with _child_ended(None):  # torch's handler goes with it
+                batches = super().__iter__()
+            new = tuple(process for process in multiprocessing.active_children() if process not in others)
+            if begun is None or _all_begin(new, begun):
+                self.processes = new or self.processes  # those that persist are begun by the first iterator alone
+                return _patiently(batches, self.processes)
+            print(f"warning: a loader process did not begin in {BEGINNING} s; it is forked again", file=sys.stderr)
+            end_workers(new)
+            self._iterator = None  # where torch keeps one whose processes persist
+        raise RuntimeError(f"DataLoader workers did not begin, {TRIES} times in {BEGINNING} seconds")
+
+
+def _all_begin(processes: tuple, begun: Semaphore) -> bool:
+    """False when one of these does not come to run. One that ended is told by `next`."""
+    left, latest = len(processes), time.monotonic() + BEGINNING
+    while left and not any(process.exitcode is not None for process in processes):
+        if time.monotonic() > latest:
+            return False
+        left -= begun.acquire(timeout=0.5)
+    return True
 
 
 def _patiently(batches: Iterator, processes: tuple) -> Iterator:
@@ -196,9 +221,9 @@ def _child_ended(handler: Callable | None) -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
-def end_workers() -> None:
-    """Kill the loader processes that are left and wait for their ends."""
-    for process in multiprocessing.active_children():
+def end_workers(processes: Iterable | None = None) -> None:
+    """Kill these loader processes, or all that are left, and wait for their ends."""
+    for process in multiprocessing.active_children() if processes is None else processes:
         process.kill()
         process.join(10)  # one that waits for a disk does not end
 
@@ -210,10 +235,11 @@ def collate(items: list[dict]) -> dict[str, Tensor | list[str]]:
     return batch
 
 
-def start_worker(worker: int) -> None:
+def start_worker(begun: Semaphore | None, worker: int) -> None:
     """Leave it to the parent when to stop: Ctrl-C, SLURM and submitit signal every process of a job, but the
     parent still needs the batches to finish its step and save, and its handlers must not run in a worker. A parent
-    that was killed is not a worker's fault: the line that breaks in the middle of a word with it is not told."""
+    that was killed is not a worker's fault: the line that breaks in the middle of a word with it is not told.
+    begun: raised at the end."""
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
@@ -224,6 +250,8 @@ def start_worker(worker: int) -> None:
         owners = {os.getppid(), multiprocessing.parent_process().pid}
         threading.Thread(target=_obey_owners, args=(os.getppid(), owners), daemon=True).start()
         sys.excepthook = _told_to_owners  # Python's own thread that hands over memory tells its exceptions there
+    if begun is not None:
+        begun.release()
 
 
 def _told_to_owners(kind: type, error: BaseException, trace: TracebackType | None) -> None:

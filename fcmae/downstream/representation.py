@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.data.loader import PatientLoader, start_worker
+from fcmae.data.loader import PatientLoader
 
 
 def pooled(encoded: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def loader(dataset, batch_size: int, workers: int) -> PatientLoader:
     """Batches in the dataset's order."""
     # Its own generator: the loader would draw from the global one, whose state belongs to training.
     own = torch.Generator()
-    return PatientLoader(dataset, batch_size, num_workers=workers, generator=own, worker_init_fn=start_worker)
+    return PatientLoader(dataset, batch_size, num_workers=workers, generator=own)
 
 
 def knn(
