@@ -30,7 +30,8 @@ if [ -f "$out/settings" ] && [ "$(cat "$out/settings")" != "$settings" ]; then
     echo "$out holds runs of other settings ($(cat "$out/settings")); choose another OUT" >&2
     exit 2
 fi
-echo "$settings" > "$out/settings.$$" && mv "$out/settings.$$" "$out/settings"  # whole: others may share OUT
+echo "$settings" > "$out/settings.$$"
+mv "$out/settings.$$" "$out/settings"  # whole at every moment: others may share OUT
 
 labelled=("data.train=$data/train" "data.val=$data/val" "model.image_size=$size" "$@")
 

@@ -18,7 +18,7 @@ def ended(process: subprocess.Popen, seconds: float = 200) -> tuple[str, str]:
     try:
         return process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        pids = _descendants(process.pid)
+        pids = descendants(process.pid)
         waits = [f"{pid}: {_name(pid)}: {', '.join(_waits(pid))}" for pid in pids]
         for pid in reversed(pids):  # one whose child is gone would end by itself
             try:
@@ -27,11 +27,14 @@ def ended(process: subprocess.Popen, seconds: float = 200) -> tuple[str, str]:
                 os.kill(pid, signal.SIGKILL)  # one that is stopped
             except ProcessLookupError:
                 pass
-        said, errors = process.communicate()
+        try:
+            said, errors = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired as error:  # one that none of these is the parent of holds the pipes
+            said, errors = ((part or b"").decode(errors="replace") for part in (error.stdout, error.stderr))
         raise AssertionError("\n".join([f"hung for {seconds} s", *waits, said[-4000:], errors[-20000:]])) from None
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """A process and those under it, parents first."""
     found = [pid]
     for parent in found:

@@ -7,18 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ending import ended
+from ending import descendants, ended
 from small_runs import environment
 
 HANGING = """
 import os, threading
-def holds_what_is_waited_for():
-    child = os.fork()
-    threading.Event().wait() if child else waits_in_vain(os.getpid())
-def waits_in_vain(pid):
-    print(pid, flush=True)
+def forks():
+    threading.Event().wait() if os.fork() else waits_in_vain()
+def waits_in_vain():
     threading.Event().wait()
-holds_what_is_waited_for()
+forks()
 """
 
 
@@ -34,14 +32,16 @@ def test_what_is_said_by_the_end():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc names the processes")
 def test_one_that_hangs_tells_where():
-    process = start(HANGING)
-    time.sleep(1)
-    with pytest.raises(AssertionError, match="hung for 0.5 s") as told:
-        ended(process, 0.5)
+    process, latest = start(HANGING), time.monotonic() + 50
+    while len(descendants(process.pid)) < 2:
+        assert time.monotonic() < latest
+        time.sleep(0.1)
+    child = descendants(process.pid)[1]
+    with pytest.raises(AssertionError, match="hung for 2 s") as told:
+        ended(process, 2)
     lines = str(told.value).splitlines()
-    child = int(next(line for line in lines if line.isdigit()))
-    for stack in ("in holds_what_is_waited_for", "in waits_in_vain"):
-        assert any(stack in line for line in lines), told.value
+    assert sum(line.endswith(" in forks") for line in lines) == 2, told.value  # of both
+    assert sum(line.endswith(" in waits_in_vain") for line in lines) == 1
     assert any(line.startswith(f"{child}: ") and " in " in line for line in lines)
     command = Path(f"/proc/{child}/cmdline")
     assert not command.exists() or not command.read_bytes()  # of one that nobody has waited for yet nothing is left

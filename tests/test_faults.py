@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import os
 import re
 import resource
-import signal
-import struct
 import subprocess
 import sys
 import textwrap
@@ -21,9 +17,6 @@ import pytest
 import torch
 
 from fcmae.cli import run_command
-from fcmae.data import loader
-from fcmae.data.loader import PatientLoader
-from fcmae.downstream import representation
 from fcmae.errors import UsageError
 from fcmae.files import write_whole
 from fcmae.schema import Config, LogConfig
@@ -102,123 +95,6 @@ def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next_start(tmp_path):
     kept.write_bytes(b"whole")
     folder.claim(Config()).close()
     assert list(folder.checkpoints.iterdir()) == [kept]
-
-
-class Numbers(torch.utils.data.Dataset):
-    """A dataset for a loader."""
-
-    def __len__(self) -> int:
-        return 10_000
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return torch.full((1000,), float(i))
-
-
-class Torn(Numbers):
-    """Its first process dies in the middle of a word to the one that asks."""
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        if i == 200 and torch.utils.data.get_worker_info().id == 0:
-            time.sleep(1)  # what it said before has been read
-            frame = sys._getframe()
-            while "data_queue" not in frame.f_locals:
-                frame = frame.f_back
-            os.write(frame.f_locals["data_queue"]._writer.fileno(), struct.pack("!i", 1 << 20) + b"half of it")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(i)
-
-
-def training(dataset: torch.utils.data.Dataset | None = None) -> PatientLoader:
-    return PatientLoader(dataset or Numbers(), 2, num_workers=2)
-
-
-def torn() -> PatientLoader:
-    return training(Torn())
-
-
-def validation() -> PatientLoader:
-    return representation.loader(Numbers(), 2, 2)
-
-
-@pytest.mark.parametrize(
-    ("make", "number", "patience", "words"),
-    [
-        (training, signal.SIGKILL, 600, "a loader process was killed"),
-        (torn, signal.SIGCONT, 600, "a loader process was killed"),
-        (training, signal.SIGSTOP, 3, "no batch came .* in 3 s"),
-        (validation, signal.SIGSTOP, 3, "no batch came .* in 3 s"),
-    ],
-)
-def test_a_loader_process_that_dies_or_hangs_ends_the_run_in_one_line(
-    tmp_path, monkeypatch, capfd, make, number, patience, words
-):
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    monkeypatch.setattr(loader, "PATIENCE", patience)
-    monkeypatch.setattr(loader, "CERTAIN", 2)
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-
-    def run(config):
-        batches = iter(make())
-        next(batches)
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, number)
-        for _ in batches:
-            pass
-
-    assert run_command("fcmae.pretrain", Config, run, [str(tmp_path / "config.yaml")]) == 75
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("fcmae.pretrain: error: ") and re.search(words, line), line
-    assert not multiprocessing.active_children()
-    assert json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"] == line
-
-
-def test_a_loader_process_of_a_killed_program_says_nothing():
-    """Killed while it asks for the memory of a batch, at the answer to the other's challenge."""
-    program = """
-        import multiprocessing.connection as line, os, signal
-        from test_faults import training
-        line.answer_challenge = lambda *_: (print("asked", flush=True), os.kill(os.getpid(), signal.SIGKILL))
-        next(iter(training()))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "asked\n", "")
-
-
-@pytest.mark.parametrize(
-    ("hang", "found", "told"),
-    [
-        ("forks == 2", r"\[0.0, 1.0\] 4 forks, 2 left", 1),
-        ("True", "a loader process did not begin in 2 s, 4 times.* 8 forks, 0 left", 4),
-    ],
-)
-def test_a_loader_process_that_hangs_at_its_fork_is_forked_again(hang, found, told):
-    """As one does that copied a lock which was held (python/cpython#112275): before any line of Python of its own."""
-    program = """
-        import multiprocessing, os, signal, time
-        from fcmae.data import loader
-        from fcmae.train.lost import lost
-        from test_faults import training
-        loader.BEGINNING, forks = 2, 0
-        def count():
-            global forks
-            forks += 1
-        os.register_at_fork(before=count, after_in_child=lambda: HANG and time.sleep(1000))
-        try:
-            batches = iter(training())
-            print(next(batches)[:, 0].tolist(), end=" ")
-        except RuntimeError as error:
-            print(lost(error), end=" ")
-        print(forks, "forks,", len(multiprocessing.active_children()), "left")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program).replace("HANG", f"({hang})")],
-        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0 and re.fullmatch(found, done.stdout.rstrip()), (done.stdout, done.stderr)
-    assert done.stderr == "warning: a loader process did not begin in 2 s; it is forked again\n" * told
 
 
 def test_ctrl_c_before_training_is_one_line(tmp_path, capsys):

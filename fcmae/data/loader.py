@@ -28,10 +28,10 @@ PATIENCE = 30 * 60
 # Seconds without a batch after which one that is dead is why. torch looks every 5, but not while it reads: of one that
 # died in the middle of a word the rest would be waited for without end, since others hold its line open.
 CERTAIN = 10
-# Seconds after which a forked process that has not begun is replaced, and how many times one is forked. It holds a copy
-# of every lock that another thread held at that moment, of Python itself too before 3.11.10 and 3.12 (gh-112275: where
-# a thread of gloo lets go of a tensor just then), and waits for ever.
-BEGINNING, TRIES = 30, 4
+# Seconds that forked processes have to begin, the first time and each time they are forked again. One that does not has
+# copied a lock which another thread held at that moment, and waits for ever: of a library, or of Python itself, as in
+# 3.10.13 and 3.11.7 (python/cpython#112275, mended in 2024), where a thread of gloo lets go of a tensor just then.
+BEGINNING = (30, 60, 120, 240)
 
 
 class SampleStream(Sampler[list[tuple[int, int]]]):
@@ -121,6 +121,8 @@ class PatientLoader(DataLoader):
 
     One that dies is told by the `next` that waits for its batch. torch's signal handler tells wherever the program is:
     in a destructor, where it is printed and forgotten, or in the middle of a word with another process, which prints.
+
+    When one that is forked does not begin, all are killed and forked again. `worker_init_fn` is its own.
     """
 
     processes: tuple = ()
@@ -129,7 +131,7 @@ class PatientLoader(DataLoader):
         if not self.num_workers:
             return super().__iter__()
         context = self.multiprocessing_context or multiprocessing.get_context()
-        for _ in range(TRIES):
+        for seconds in BEGINNING:
             # Others than forked ones copy nothing, and take as long as Python and torch take to be imported.
             begun = context.Semaphore(0) if context.get_start_method() == "fork" else None
             self.worker_init_fn = partial(start_worker, begun)
@@ -137,22 +139,30 @@ class PatientLoader(DataLoader):
             with _child_ended(None):  # torch's handler goes with it
                 batches = super().__iter__()
             new = tuple(process for process in multiprocessing.active_children() if process not in others)
-            if begun is None or _all_begin(new, begun):
+            if begun is None or _all_begin(new, begun, seconds):
                 self.processes = new or self.processes  # those that persist are begun by the first iterator alone
                 return _patiently(batches, self.processes)
-            print(f"warning: a loader process did not begin in {BEGINNING} s; it is forked again", file=sys.stderr)
-            end_workers(new)
+            print(f"warning: a loader process did not begin in {seconds} s; all are forked again", file=sys.stderr)
             self._iterator = None  # where torch keeps one whose processes persist
-        raise RuntimeError(f"DataLoader workers did not begin, {TRIES} times in {BEGINNING} seconds")
+            del batches  # its threads end before the next fork
+        raise RuntimeError(
+            f"DataLoader workers did not begin, forked {len(BEGINNING)} times in {sum(BEGINNING)} seconds"
+        )
 
 
-def _all_begin(processes: tuple, begun: Semaphore) -> bool:
-    """False when one of these does not come to run. One that ended is told by `next`."""
-    left, latest = len(processes), time.monotonic() + BEGINNING
-    while left and not any(process.exitcode is not None for process in processes):
-        if time.monotonic() > latest:
-            return False
-        left -= begun.acquire(timeout=0.5)
+def _all_begin(processes: tuple, begun: Semaphore, seconds: float) -> bool:
+    """False, and they are ended, when one of these does not come to run. One that ended itself is told by `next`."""
+    left, latest = len(processes), time.monotonic() + seconds
+    try:
+        while left and not any(process.exitcode is not None for process in processes):
+            if begun.acquire(timeout=0.5):
+                left -= 1
+            elif time.monotonic() > latest:
+                end_workers(processes)
+                return False
+    except BaseException:  # Ctrl-C: Python's own end of a program would wait for one that hangs
+        end_workers(processes)
+        raise
     return True
 
 
@@ -239,19 +249,21 @@ def start_worker(begun: Semaphore | None, worker: int) -> None:
     """Leave it to the parent when to stop: Ctrl-C, SLURM and submitit signal every process of a job, but the
     parent still needs the batches to finish its step and save, and its handlers must not run in a worker. A parent
     that was killed is not a worker's fault: the line that breaks in the middle of a word with it is not told.
-    begun: raised at the end."""
-    torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # Linux; elsewhere SIGTERM keeps its default
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        # Under the forkserver start method, the process that starts a worker is not the one that owns it.
-        owners = {os.getppid(), multiprocessing.parent_process().pid}
-        threading.Thread(target=_obey_owners, args=(os.getppid(), owners), daemon=True).start()
-        sys.excepthook = _told_to_owners  # Python's own thread that hands over memory tells its exceptions there
-    if begun is not None:
-        begun.release()
+    begun: raised when that is done."""
+    try:
+        torch.set_num_threads(1)
+        for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if hasattr(signal, "sigtimedwait"):  # Linux; elsewhere SIGTERM keeps its default
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            # Under the forkserver start method, the process that starts a worker is not the one that owns it.
+            owners = {os.getppid(), multiprocessing.parent_process().pid}
+            threading.Thread(target=_obey_owners, args=(os.getppid(), owners), daemon=True).start()
+            sys.excepthook = _told_to_owners  # Python's own thread that hands over memory tells its exceptions there
+    finally:  # what is raised here comes with the first batch
+        if begun is not None:
+            begun.release()
 
 
 def _told_to_owners(kind: type, error: BaseException, trace: TracebackType | None) -> None:

@@ -28,9 +28,9 @@ def lost(error: Exception) -> TryAgain | None:
         )
     if match := re.match(r"DataLoader timed out after (\d+)", said):
         return TryAgain(f"no batch came from the loader processes in {match[1]} s; is the storage there? {AGAIN}")
-    if match := re.match(r"DataLoader workers did not begin, (\d+) times in (\d+)", said):
+    if match := re.match(r"DataLoader workers did not begin, forked (\d+) times in (\d+)", said):
         return TryAgain(
-            f"a loader process did not begin in {match[2]} s, {match[1]} times; is the machine overloaded? lower "
-            f"data.workers; {AGAIN}"
+            f"a loader process did not begin, forked {match[1]} times in {match[2]} s; is the machine overloaded? "
+            f"lower data.workers; {AGAIN}"
         )
     return None

@@ -132,7 +132,7 @@ def test_a_killed_loader_process_ends_the_run_in_one_line(place, tmp_path, often
 
 def test_a_loader_process_that_hangs_or_is_slow(place, tmp_path, often, figures):
     """All stop: for a while, and the run goes on as if nothing had been; for longer than its patience, and it ends."""
-    if often(False, True):  # tests/test_faults.py has one that hangs
+    if often(False, True):  # tests/test_loader_faults.py has one that hangs
         return
     rng = random.Random(f"{SEED} hang")
     started = place.start(tmp_path / "slow", "data.workers=2")
