@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+
+from soak.processes import children, send
 
 
 def ended(process: subprocess.Popen, seconds: float = 200) -> tuple[str, str]:
@@ -21,12 +22,9 @@ def ended(process: subprocess.Popen, seconds: float = 200) -> tuple[str, str]:
         pids = descendants(process.pid)
         waits = [f"{pid}: {_name(pid)}: {', '.join(_waits(pid))}" for pid in pids]
         for pid in reversed(pids):  # one whose child is gone would end by itself
-            try:
-                os.kill(pid, signal.SIGABRT)
-                time.sleep(0.5)  # so that they write one after another
-                os.kill(pid, signal.SIGKILL)  # one that is stopped
-            except ProcessLookupError:
-                pass
+            send(pid, signal.SIGABRT)
+            time.sleep(0.5)  # so that they write one after another
+            send(pid, signal.SIGKILL)  # one that is stopped
         try:
             said, errors = process.communicate(timeout=30)
         except subprocess.TimeoutExpired as error:  # one that none of these is the parent of holds the pipes
@@ -38,8 +36,7 @@ def descendants(pid: int) -> list[int]:
     """A process and those under it, parents first."""
     found = [pid]
     for parent in found:
-        for task in _entries(Path(f"/proc/{parent}/task")):
-            found += [int(child) for child in _text(task / "children").split()]
+        found += children(parent)
     return found
 
 
@@ -49,15 +46,8 @@ def _name(pid: int) -> str:
 
 def _waits(pid: int) -> list[str]:
     """What each thread waits for in the kernel."""
-    tasks = _entries(Path(f"/proc/{pid}/task"))
+    tasks = sorted(Path(f"/proc/{pid}/task").glob("*"))
     return [f"{_text(task / 'comm').strip()} in {_text(task / 'wchan') or '?'}" for task in tasks]
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
 
 
 def _text(path: Path) -> str:

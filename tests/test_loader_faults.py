@@ -59,6 +59,14 @@ def validation() -> PatientLoader:
     return representation.loader(Numbers(), 2, 2)
 
 
+def ran(program: str) -> subprocess.CompletedProcess:
+    """A Python program that may import this file."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("make", "number", "patience", "words"),
     [
@@ -99,10 +107,7 @@ def test_a_loader_process_of_a_killed_program_says_nothing():
         line.answer_challenge = lambda *_: (print("asked", flush=True), os.kill(os.getpid(), signal.SIGKILL))
         next(iter(training()))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = ran(program)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "asked\n", "")
 
 
@@ -137,10 +142,7 @@ def test_a_loader_process_that_hangs_at_its_fork_is_forked_again(make, seconds, 
     """
     for word, value in (("MAKE", make), ("SECONDS", f"{seconds}"), ("HANG", f"({hang})")):
         program = program.replace(word, value)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = ran(program)
     assert done.returncode == 0 and done.stdout.startswith(found), (done.stdout, done.stderr)
     warning = "warning: a loader process did not begin in {} s; all are forked again\n"
     assert done.stderr == "".join(warning.format(seconds) for seconds in told)
@@ -156,8 +158,5 @@ def test_ctrl_c_while_a_loader_process_does_not_begin():
         threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
         iter(test_loader_faults.validation())
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = ran(program)
     assert done.returncode == -signal.SIGINT and done.stderr.endswith("KeyboardInterrupt\n"), done.stderr
